@@ -1,0 +1,1 @@
+//! Which addresses may be dialled, and the only way to dial one.

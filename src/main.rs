@@ -1,0 +1,2 @@
+//! The `sendoff` program.
+fn main(){}

@@ -1,2 +1,2 @@
 //! The `sendoff` program.
-fn main(){}
+fn main() {}

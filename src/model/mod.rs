@@ -1,1 +1,13 @@
-//! The pure core: what a job is, what can go wrong, and what is decided about it. No IO, no async, no clock of its own.
+//! The pure core: what a job is, what can go wrong, and what is decided about it.
+//! Guarantee: no IO, no async, no clock of its own, and nothing imported from the rest of the crate.
+
+pub mod address;
+pub mod event;
+pub mod failure;
+pub mod job;
+pub mod ledger;
+pub mod organization;
+pub mod policy;
+pub mod schedule;
+pub mod smtp_settings;
+pub mod text;

@@ -66,7 +66,7 @@ fn what_providers_say_means_what_they_mean() {
             "Gmail, content",
             FinalDot,
             "552 5.7.0 This message was blocked because its content presents a potential risk.",
-            dead(Reason::TooLarge),
+            dead(Reason::MessageRefused),
         ),
         (
             "Microsoft, basic auth off",

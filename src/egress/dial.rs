@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::net::TcpStream;
 
-use super::resolver::ApprovedAddr;
+use super::approve::ApprovedAddr;
 
 /// Time that an attempt has to itself before the next one starts beside it (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);

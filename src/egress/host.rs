@@ -208,17 +208,22 @@ impl HostName {
 
     /// Whether the public DNS gives this name no meaning: a single label, or one of the suffixes for local use.
     pub fn is_internal_name(&self) -> bool {
-        !self.0.contains('.') || INTERNAL_SUFFIXES.iter().any(|suffix| self.is_under(suffix))
+        is_internal(&self.0)
     }
 
     /// Whether the name is `localhost` or under it, which resolvers answer themselves (RFC 6761 section 6.3).
     pub fn is_localhost(&self) -> bool {
-        self.is_under("localhost")
+        is_under(&self.0, "localhost")
     }
+}
 
-    fn is_under(&self, suffix: &str) -> bool {
-        self.0.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-    }
+/// [`HostName::is_internal_name`] for a name out of the DNS, in lower case and without the trailing dot.
+pub(super) fn is_internal(name: &str) -> bool {
+    !name.contains('.') || INTERNAL_SUFFIXES.iter().any(|suffix| is_under(name, suffix))
+}
+
+fn is_under(name: &str, suffix: &str) -> bool {
+    name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 impl FromStr for ServerHost {

@@ -1,6 +1,6 @@
 //! The decision: may this host and port be dialled now, and at which addresses?
-//! Guarantee: one refused address refuses the whole name, and nothing but an address that was judged here, in this
-//! call, becomes an [`ApprovedAddr`].
+//! Guarantee: one refused address refuses the whole name, and nothing but an address that was judged here, in
+//! this call, becomes an [`ApprovedAddr`].
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use super::resolver::{Found, LookUpError, NoNameservers, Resolver, without_dupli
 /// The system's own resolver has its own, longer ideas.
 const SYSTEM_LOOK_UP_LIMIT: Duration = Duration::from_secs(5);
 
-/// An address and port that may be dialled. Only [`Egress`] makes one. It is meant for the next moment: a later
-/// connection asks again.
+/// An address and port that may be dialled. Only [`Egress`] makes one. It is meant for the next moment: a
+/// later connection asks again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ApprovedAddr(SocketAddr);
 
@@ -29,8 +29,8 @@ impl ApprovedAddr {
     }
 }
 
-/// A host that the operator wrote into the settings, to which the public-address rule does not apply. A type of its
-/// own, so that an organization's host cannot take this way.
+/// A host that the operator wrote into the settings, to which the public-address rule does not apply. A type
+/// of its own, so that an organization's host cannot take this way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OperatorsHost(ServerHost);
 
@@ -46,8 +46,8 @@ impl OperatorsHost {
     }
 }
 
-/// Why a host may not, or cannot, be dialled. The messages are fit for an organization's admin: they tell nothing of
-/// the network inside.
+/// Why a host may not, or cannot, be dialled. The messages are fit for an organization's admin: they tell
+/// nothing of the network inside.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EgressError {
     /// An address of the host, or its name, is not of the public internet.
@@ -117,11 +117,12 @@ impl Egress {
         &self.policy
     }
 
-    /// Looks an organization's host up and judges every address of it; cheap while the DNS's TTL lasts. Never empty.
+    /// Looks an organization's host up and judges every address of it; cheap while the DNS's TTL lasts. Never
+    /// empty.
     ///
-    /// Names for local use are refused before any look-up, unless the operator exempts networks; then their addresses
-    /// decide. `localhost` and names under it are the two loopback addresses, never asked of a name server (RFC 6761
-    /// section 6.3); those of the two that are exempt are approved.
+    /// Names for local use are refused before any look-up, unless the operator exempts networks; then their
+    /// addresses decide. `localhost` and names under it are the two loopback addresses, never asked of a name
+    /// server (RFC 6761 section 6.3); those of the two that are exempt are approved.
     pub async fn approve(&self, host: &ServerHost, port: u16) -> Result<Vec<ApprovedAddr>, EgressError> {
         if !self.policy.port_allowed(port) {
             let allowed = self.policy.ports().to_string();
@@ -139,12 +140,12 @@ impl Egress {
         Ok(approved(addresses, port))
     }
 
-    /// Looks the platform's own server up: the operator chose it, so neither the public-address rule nor the list of
-    /// ports applies. Never empty.
+    /// Looks the platform's own server up: the operator chose it, so neither the public-address rule nor the
+    /// list of ports applies. Never empty.
     ///
-    /// With the system's name servers the look-up is the system's own, hosts file and search domains included, so that
-    /// a container's service name works; the system does not tell an unknown name from a failing name server, and both
-    /// are `DnsFailed`.
+    /// With the system's name servers the look-up is the system's own, hosts file and search domains
+    /// included, so that a container's service name works; the system does not tell an unknown name from a
+    /// failing name server, and both are `DnsFailed`.
     pub async fn approve_operators_host(
         &self,
         host: &OperatorsHost,
@@ -201,4 +202,18 @@ async fn system_look_up(name: &HostName) -> Result<Vec<IpAddr>, EgressError> {
         }
     };
     if found.is_empty() { Err(EgressError::HostNotFound) } else { Ok(found) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_systems_own_look_up_knows_the_names_of_this_machine() {
+        let ServerHost::Name(localhost) = ServerHost::parse("localhost").expect("a name") else {
+            panic!("localhost is a name");
+        };
+        let found = system_look_up(&localhost).await.expect("every system knows localhost");
+        assert!(found.iter().all(IpAddr::is_loopback) && !found.is_empty(), "{found:?}");
+    }
 }

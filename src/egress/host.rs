@@ -1,6 +1,6 @@
 //! The host of an SMTP server as a person types it, read the way resolvers read it.
-//! Guarantee: what any resolver would take for an IP address is one here, and a name is in the one form (lower case,
-//! A-labels, no trailing dot) under which it is looked up, verified and compared.
+//! Guarantee: what any resolver would take for an IP address is one here, and a name is in the one form
+//! (lower case, A-labels, no trailing dot) under which it is looked up, verified and compared.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -21,7 +21,8 @@ const INTERNAL_SUFFIXES: &[&str] = &["internal", "local", "localhost", "home.arp
 
 /// A server's host: an address, or a name to look up. Two hosts are equal when they mean the same.
 ///
-/// [`fmt::Display`] gives the normal form, which parses to an equal host; an IPv6 address is without brackets.
+/// [`fmt::Display`] gives the normal form, which parses to an equal host; an IPv6 address is without
+/// brackets.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ServerHost {
     /// An IP literal, in any of the forms that resolvers accept. An IPv4-mapped address is the IPv4 address.
@@ -30,7 +31,8 @@ pub enum ServerHost {
     Name(HostName),
 }
 
-/// A host name: labels of `a-z`, `0-9`, `-` and `_`, at most 253 octets, no trailing dot, not an address in disguise.
+/// A host name: labels of `a-z`, `0-9`, `-` and `_`, at most 253 octets, no trailing dot, not an address in
+/// disguise.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct HostName(String);
 
@@ -47,7 +49,9 @@ pub enum HostError {
     #[error("the host contains {0:?}: give the host name alone, without scheme, user name, port or path")]
     NotAlone(char),
     /// `host:port`.
-    #[error("the host contains a colon: the port has a field of its own, and an IPv6 address must be complete")]
+    #[error(
+        "the host contains a colon: the port has a field of its own, and an IPv6 address must be complete"
+    )]
     Colon,
     /// Brackets around something else than an IPv6 address.
     #[error("brackets are for an IPv6 address, as in [2001:db8::25]")]
@@ -79,8 +83,8 @@ pub enum HostError {
 }
 
 impl ServerHost {
-    /// Reads a host as an admin or the operator typed it. Nothing is trimmed: what surrounds a host by mistake is an
-    /// error that says so.
+    /// Reads a host as an admin or the operator typed it. Nothing is trimmed: what surrounds a host by
+    /// mistake is an error that says so.
     pub fn parse(text: &str) -> Result<Self, HostError> {
         if text.is_empty() {
             return Err(HostError::Empty);
@@ -114,7 +118,8 @@ fn parse_ipv6(text: &str) -> Result<Ipv6Addr, HostError> {
 }
 
 fn parse_name_or_ipv4(text: &str) -> Result<ServerHost, HostError> {
-    // No deny list here: what the mapping makes of a character (a full-width slash, say) is checked behind it.
+    // No deny list here: what the mapping makes of a character (a full-width slash, say) is checked behind
+    // it.
     let ascii = Uts46::new()
         .to_ascii(text.as_bytes(), AsciiDenyList::EMPTY, Hyphens::Allow, DnsLength::Ignore)
         .map_err(|_| HostError::Internationalized)?;
@@ -171,7 +176,8 @@ impl Numeric {
     }
 }
 
-/// One to four numbers, decimal, octal (`0…`) or hexadecimal (`0x…`); the last one fills the octets that are left.
+/// One to four numbers, decimal, octal (`0…`) or hexadecimal (`0x…`); the last one fills the octets that are
+/// left.
 fn inet_aton(text: &str) -> Option<Ipv4Addr> {
     let numbers = text.split('.').map(c_number).collect::<Option<Vec<u32>>>()?;
     let (&last, leading) = numbers.split_last()?;
@@ -206,7 +212,8 @@ impl HostName {
         &self.0
     }
 
-    /// Whether the public DNS gives this name no meaning: a single label, or one of the suffixes for local use.
+    /// Whether the public DNS gives this name no meaning: a single label, or one of the suffixes for local
+    /// use.
     pub fn is_internal_name(&self) -> bool {
         is_internal(&self.0)
     }
@@ -411,7 +418,9 @@ mod tests {
         ] {
             assert!(name(text).is_internal_name(), "{text}");
         }
-        for text in ["smtp.example.org", "local.example.org", "notlocal.org", "a.notinternal", "x.mylocalhost"] {
+        for text in
+            ["smtp.example.org", "local.example.org", "notlocal.org", "a.notinternal", "x.mylocalhost"]
+        {
             assert!(!name(text).is_internal_name(), "{text}");
         }
         assert!(name("a.localhost").is_localhost() && name("localhost").is_localhost());

@@ -1,9 +1,10 @@
 //! Which addresses may be dialled, and the only way to dial one.
-//! Guarantee: a TCP connection outside leads to an [`ApprovedAddr`], and only [`Egress`] makes one, out of the very
-//! answer of the DNS that it judged: between the check and the connection nothing is looked up again.
+//! Guarantee: a TCP connection outside leads to an [`ApprovedAddr`], and only [`Egress`] makes one, out of
+//! the very answer of the DNS that it judged: between the check and the connection nothing is looked up
+//! again.
 //!
-//! The way of a new connection: [`ServerHost::parse`] once, when the configuration is saved; then [`Egress::approve`]
-//! and [`dial`], every time.
+//! The way of a new connection: [`ServerHost::parse`] once, when the configuration is saved; then
+//! [`Egress::approve`] and [`dial()`], every time.
 
 mod approve;
 mod dial;
@@ -14,6 +15,8 @@ mod resolver;
 #[cfg(test)]
 #[path = "../../tests/it/support/dns.rs"]
 mod dns;
+#[cfg(test)]
+mod tests;
 
 pub use approve::{ApprovedAddr, Egress, EgressError, OperatorsHost};
 pub use dial::{DialError, dial};

@@ -1,6 +1,6 @@
 //! From a host name to all of its addresses, over the DNS alone.
-//! Guarantee: neither the hosts file nor a search domain has a say, an answer is kept no longer than its TTL, and a
-//! look-up ends in time.
+//! Guarantee: neither the hosts file nor a search domain has a say, an answer is kept no longer than its TTL,
+//! and a look-up ends in time.
 
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
@@ -23,15 +23,16 @@ const QUERY_RETRIES: usize = 1;
 /// The addresses of a name, both families together.
 const ADDRESSES_LIMIT: Duration = Duration::from_secs(4);
 
-/// What the slower family gets once the other one has brought addresses: name servers that drop AAAA questions exist,
-/// and must not slow every connection down.
+/// What the slower family gets once the other one has brought addresses: name servers that drop AAAA
+/// questions exist, and must not slow every connection down.
 const OTHER_FAMILY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Following the aliases of a name that has no address to show.
 const ALIASES_LIMIT: Duration = Duration::from_secs(1);
 const MAX_ALIASES: usize = 8;
 
-/// Bounds on how long an answer is kept when its TTL is longer: an admin who has changed a record expects it to count.
+/// Bounds on how long an answer is kept when its TTL is longer: an admin who has changed a record expects it
+/// to count.
 const POSITIVE_MAX_TTL: Duration = Duration::from_secs(300);
 const NEGATIVE_MAX_TTL: Duration = Duration::from_secs(30);
 
@@ -90,8 +91,8 @@ impl Resolver {
         Ok(Self { dns: builder.build().map_err(unusable)? })
     }
 
-    /// Every address of a name. Where one family fails and the other answers, the answered one counts: an address that
-    /// was not seen is not judged, and is not dialled either.
+    /// Every address of a name. Where one family fails and the other answers, the answered one counts: an
+    /// address that was not seen is not judged, and is not dialled either.
     pub(super) async fn addresses(&self, host: &HostName) -> Result<Found, LookUpError> {
         let name = absolute(host)?;
         let error = match tokio::time::timeout(ADDRESSES_LIMIT, self.both_families(&name)).await {
@@ -136,8 +137,8 @@ impl Resolver {
         Family::Addresses(Found { addresses, via_internal_name })
     }
 
-    /// Whether an alias leads to a name for local use. Asked only when there is no address, for otherwise "not found"
-    /// and "not public" would tell which internal names exist.
+    /// Whether an alias leads to a name for local use. Asked only when there is no address, for otherwise
+    /// "not found" and "not public" would tell which internal names exist.
     async fn leads_to_internal_name(&self, mut name: Name) -> bool {
         for _ in 0..MAX_ALIASES {
             let Ok(lookup) = self.dns.lookup(name, RecordType::CNAME).await else {

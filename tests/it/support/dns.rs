@@ -1,6 +1,9 @@
 //! A name server whose answers are scripted name by name, on 127.0.0.1, over UDP and TCP.
 //! Guarantee: a name without a script does not exist, and every question is counted before it is answered.
-#![allow(dead_code, reason = "shared by the unit tests of `egress` and the integration tests; neither uses all of it")]
+#![allow(
+    dead_code,
+    reason = "shared by the unit tests of `egress` and the integration tests; neither uses all of it"
+)]
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -25,8 +28,8 @@ const MAX_ALIASES: usize = 8;
 /// What the server says to an address question.
 #[derive(Debug, Clone)]
 pub enum Answer {
-    /// These addresses: the IPv4 ones to an A question, the IPv6 ones to an AAAA question. Empty: the name exists and
-    /// has no address.
+    /// These addresses: the IPv4 ones to an A question, the IPv6 ones to an AAAA question. Empty: the name
+    /// exists and has no address.
     Addresses(Vec<IpAddr>),
     /// One list after the other, question by question of one type, and again from the first.
     Alternating(Vec<Vec<IpAddr>>),
@@ -104,7 +107,13 @@ impl DnsServer {
 
     /// How many questions there were about a name, of any type.
     pub fn questions(&self, name: &str) -> usize {
-        self.zone.lock().questions.iter().filter(|((asked, _), _)| *asked == normal(name)).map(|(_, n)| n).sum()
+        self.zone
+            .lock()
+            .questions
+            .iter()
+            .filter(|((asked, _), _)| *asked == normal(name))
+            .map(|(_, n)| n)
+            .sum()
     }
 
     /// How many address questions of one type there were about a name.

@@ -188,7 +188,7 @@ impl Egress {
 const LOOPBACK: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 fn approved(addresses: Vec<IpAddr>, port: u16) -> Vec<ApprovedAddr> {
-    addresses.into_iter().map(|ip| ApprovedAddr(SocketAddr::new(ip.to_canonical(), port))).collect()
+    addresses.into_iter().map(|ip| ApprovedAddr(SocketAddr::new(ip, port))).collect()
 }
 
 async fn system_look_up(name: &HostName) -> Result<Vec<IpAddr>, EgressError> {

@@ -98,11 +98,8 @@ async fn one_refused_address_among_many_refuses_the_name() {
 #[tokio::test]
 async fn an_ipv4_address_in_an_aaaa_record_is_approved_as_the_ipv4_address() {
     let dns = DnsServer::start().await;
-    dns.script(
-        "mapped.example",
-        Answer::Addresses(vec![format!("::ffff:{PUBLIC_V4}").parse().expect("v6")]),
-        60,
-    );
+    let mapped = format!("::ffff:{PUBLIC_V4}");
+    dns.script("mapped.example", Answer::addresses(&[&mapped, PUBLIC_V4]), 60);
     assert_eq!(approve(&egress(&dns, &[]), "mapped.example").await, only(PUBLIC_V4));
 }
 
@@ -406,4 +403,12 @@ async fn the_operators_own_host_may_be_anywhere_and_at_any_port() {
     listener.accept().await.expect("the dial arrived");
     let missing = OperatorsHost::from_settings(host("missing.example"));
     assert_eq!(egress.approve_operators_host(&missing, 25).await, Err(EgressError::HostNotFound));
+}
+
+#[tokio::test]
+async fn without_name_servers_of_its_own_it_asks_the_systems_or_says_which_setting_is_missing() {
+    match Egress::new(policy(&[]), &[]) {
+        Ok(egress) => assert_eq!(approve(&egress, PUBLIC_V4).await, only(PUBLIC_V4)),
+        Err(error) => assert!(error.to_string().contains("egress.nameservers"), "{error}"),
+    }
 }

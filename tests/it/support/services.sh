@@ -32,12 +32,10 @@ service() {
   [[ $kind == rabbitmq || $kind == postgres ]] || die "no such service: $kind (rabbitmq, postgres)"
   case $action in
     start) service_launch "$kind" "$dir" && service_await "$kind" "$dir" && cat "$dir/url" ;;
-    stop | kill) [[ ! -d $dir/data ]] || "${kind}_$action" "$dir" ;;
+    stop | kill) service_end "$action" "$kind" "$dir" ;;
     remove)
-      if [[ -d $dir/data ]]; then
-        "${kind}_kill" "$dir"
-        rm -rf -- "$(realpath -- "$dir/data")"
-      fi
+      service_end kill "$kind" "$dir"
+      [[ ! -d $dir/data ]] || rm -rf -- "$(realpath -- "$dir/data")"
       rm -rf -- "$dir"
       ;;
     ctl) "${kind}_ctl" "$dir" "$@" ;;
@@ -57,16 +55,25 @@ service_launch() {
     "${kind}_running" "$dir" && exit 0
     [[ -e $dir/data ]] || service_make_data "$kind" "$dir"
     "${kind}_launch" "$dir"
-  ) 9>"$dir/lock" || die "$kind did not start; see $dir/output and $dir/data/log"
+  ) 9>"$dir/lock" || die "$kind did not start; see $dir/output and $dir/data"
 }
 
 service_await() {
   local kind=$1 dir=$2 end=$((SECONDS + SERVICE_DEADLINE_S))
   until "${kind}_answers" "$dir"; do
-    "${kind}_running" "$dir" || die "$kind ended while starting; see $dir/output and $dir/data/log"
-    ((SECONDS < end)) || die "$kind did not answer within $SERVICE_DEADLINE_S s; see $dir/output and $dir/data/log"
+    "${kind}_running" "$dir" || die "$kind ended while starting; see $dir/output and $dir/data"
+    ((SECONDS < end)) || die "$kind did not answer within $SERVICE_DEADLINE_S s; see $dir/output and $dir/data"
     sleep 0.05
   done
+}
+
+service_end() {
+  local action=$1 kind=$2 dir=$3
+  [[ -d $dir/data ]] || return 0
+  (
+    flock 9
+    "${kind}_$action" "$dir"
+  ) 9>"$dir/lock"
 }
 
 service_make_data() {
@@ -229,7 +236,11 @@ rabbitmq_answers() {
   ) 2>/dev/null
 }
 
-rabbitmq_stop() { end TERM "$1/rabbitmq.pid"; end TERM "$1/epmd.pid"; }
+# While it boots, a broker does not heed a TERM; it has promised nothing yet either.
+rabbitmq_stop() {
+  if rabbitmq_answers "$1"; then end TERM "$1/rabbitmq.pid"; else end KILL "$1/rabbitmq.pid"; fi
+  end TERM "$1/epmd.pid"
+}
 rabbitmq_kill() { end KILL "$1/rabbitmq.pid"; end KILL "$1/epmd.pid"; }
 
 rabbitmq_ctl() {
@@ -240,6 +251,9 @@ rabbitmq_ctl() {
 
 # ---- PostgreSQL
 
+# The cluster by its own path: the one through the service's directory may be closed to the account.
+cluster() { echo "$(realpath -- "$1/data")/cluster"; }
+
 postgres_launch() {
   local dir=$1 tries=0 fresh=
   [[ -s $dir/data/cluster/PG_VERSION ]] || fresh=yes
@@ -247,8 +261,8 @@ postgres_launch() {
     # The fourth of the four, so that no broker's triple is taken.
     [[ -s $dir/port ]] || echo $(($(free_ports) + 3)) >"$dir/port"
     [[ -s $dir/data/cluster/PG_VERSION ]] || postgres_initialise "$dir" || return 1
-    as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$dir/data/cluster" \
-      -l "$dir/data/log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 8>&- 9>&- && return
+    as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$(cluster "$dir")" \
+      -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 8>&- 9>&- && return
     [[ -n $fresh ]] && connects "$(cat "$dir/port")" && ((++tries < 5)) || return 1
     rm -rf -- "$dir/port" "$dir/data/cluster" # another took the port between our look and the start
   done
@@ -258,11 +272,11 @@ postgres_initialise() {
   local dir=$1 password account
   password=$(random_word)
   account=$(account_for postgres)
-  (umask 077 && echo "$password" >"$dir/data/password")
-  [[ -z $account ]] || chown "$account:" "$dir/data/password"
-  as_account postgres "$(postgres_bin)/initdb" -D "$dir/data/cluster" -U sendoff -A scram-sha-256 -E UTF8 --no-locale \
-    --no-sync --pwfile="$dir/data/password" >>"$dir/output" 2>&1 || return 1
-  rm -f -- "$dir/data/password"
+  (umask 077 && echo "$password" >"$dir/data/cluster.password")
+  [[ -z $account ]] || chown "$account:" "$dir/data/cluster.password"
+  as_account postgres "$(postgres_bin)/initdb" -D "$(cluster "$dir")" -U sendoff -A scram-sha-256 -E UTF8 --no-locale \
+    --no-sync --pwfile="$(cluster "$dir").password" >>"$dir/output" 2>&1 || return 1
+  rm -f -- "$dir/data/cluster.password"
   cat >>"$dir/data/cluster/postgresql.conf" <<'CONF'
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
@@ -275,14 +289,14 @@ CONF
 postgres_running() {
   local pid
   pid=$(head -n 1 "$1/data/cluster/postmaster.pid" 2>/dev/null) && start_time "$pid" >/dev/null &&
-    [[ $(realpath "/proc/$pid/cwd") == $(realpath "$1/data/cluster") ]]
+    [[ $(realpath "/proc/$pid/cwd") == $(cluster "$1") ]]
 }
 
 postgres_answers() { postgres_running "$1"; } # pg_ctl has waited for it
 
 postgres_stop() {
   ! postgres_running "$1" ||
-    as_account postgres "$(postgres_bin)/pg_ctl" stop -w -t 60 -s -m fast -D "$1/data/cluster" ||
+    as_account postgres "$(postgres_bin)/pg_ctl" stop -w -t 60 -s -m fast -D "$(cluster "$1")" ||
     postgres_kill "$1"
 }
 
@@ -300,6 +314,8 @@ postgres_kill() {
   for pid in "$pid" "${children[@]}"; do
     while start_time "$pid" >/dev/null; do sleep 0.02; done
   done
+  # To a new server an id that nobody has waited for yet looks alive.
+  rm -f -- "$1/data/cluster/postmaster.pid"
 }
 
 postgres_ctl() {

@@ -51,8 +51,9 @@ service_launch() {
   # For services_down, whatever happens to this process.
   printf '%s\n' "$dir" >"$SERVICES_STARTED/$kind-$(cksum <<<"$dir" | cut -d' ' -f1)"
   (
+    trap : INT TERM HUP # nothing is started that is not noted
     flock 9
-    "${kind}_running" "$dir" && exit 0
+    "${kind}_running" "$dir" >/dev/null && exit 0
     [[ -e $dir/data ]] || service_make_data "$kind" "$dir"
     "${kind}_launch" "$dir"
   ) 9>"$dir/lock" || die "$kind did not start; see $dir/output and $dir/data"
@@ -61,7 +62,7 @@ service_launch() {
 service_await() {
   local kind=$1 dir=$2 end=$((SECONDS + SERVICE_DEADLINE_S))
   until "${kind}_answers" "$dir"; do
-    "${kind}_running" "$dir" || die "$kind ended while starting; see $dir/output and $dir/data"
+    "${kind}_running" "$dir" >/dev/null || die "$kind ended while starting; see $dir/output and $dir/data"
     ((SECONDS < end)) || die "$kind did not answer within $SERVICE_DEADLINE_S s; see $dir/output and $dir/data"
     sleep 0.05
   done
@@ -137,14 +138,41 @@ living() {
   [[ -s $1 ]] && read -r pid started <"$1" && [[ $(start_time "$pid") == "$started" ]] && echo "$pid"
 }
 
-# end SIGNAL PIDFILE: signals, waits, and after 20 s kills.
+# end SIGNAL PID: signals, waits, after 20 s kills; then kills what is left of its children. Before a KILL all of them are
+# halted, or one could be born unseen.
 end() {
-  local pid end=$((SECONDS + 20))
-  pid=$(living "$2") || return 0
+  local pid=$2 started members=() member seen=-1 end=$((SECONDS + 20))
+  started=$(start_time "$pid") || return 0
+  [[ $1 != KILL ]] || kill -STOP "$pid" 2>/dev/null || true
+  while ((${#members[@]} != seen)); do
+    seen=${#members[@]}
+    mapfile -t members < <(descendants "$pid")
+    [[ $1 == KILL ]] || break
+    for member in "${members[@]}"; do kill -STOP "${member% *}" 2>/dev/null || true; done
+  done
   kill "-$1" "$pid" 2>/dev/null || true
-  while living "$2" >/dev/null; do
+  while [[ $(start_time "$pid") == "$started" ]]; do
     ((SECONDS < end)) || kill -KILL "$pid" 2>/dev/null || true
-    sleep 0.05
+    sleep 0.02
+  done
+  for member in "${members[@]}"; do
+    while [[ $(start_time "${member% *}") == "${member#* }" ]]; do
+      kill -KILL "${member% *}" 2>/dev/null || true
+      sleep 0.02
+    done
+  done
+}
+
+# "PID START-TIME" of each.
+descendants() {
+  local stat fields pid
+  for stat in /proc/[0-9]*/stat; do
+    { stat=$(<"$stat"); } 2>/dev/null || continue
+    read -ra fields <<<"${stat##*) }"
+    [[ ${fields[1]} == "$1" ]] || continue
+    pid=${stat%% *}
+    echo "$pid ${fields[19]}"
+    descendants "$pid"
   done
 }
 
@@ -182,6 +210,7 @@ rabbitmq_environment() {
     RABBITMQ_ADVANCED_CONFIG_FILE="$data/none.config" RABBITMQ_ENABLED_PLUGINS_FILE="$data/enabled_plugins"
     RABBITMQ_MNESIA_BASE="$data/mnesia" RABBITMQ_LOG_BASE="$data/log" RABBITMQ_GENERATED_CONFIG_DIR="$data/generated"
     RABBITMQ_PID_FILE="$data/rabbitmq.pid"
+    ERL_FLAGS='-start_epmd false' # ours runs; another would outlive the broker
     RUNNING_UNDER_SYSTEMD=true # the script then becomes the server instead of its parent
   )
 }
@@ -226,7 +255,7 @@ CONF
   [[ -z $account ]] || chown "$account:" "$dir/data/"{rabbitmq.conf,enabled_plugins,.erlang.cookie}
 }
 
-rabbitmq_running() { living "$1/rabbitmq.pid" >/dev/null; }
+rabbitmq_running() { living "$1/rabbitmq.pid"; }
 
 # The broker listens last of all, and answers the protocol's header with a method frame (type 1).
 rabbitmq_answers() {
@@ -236,12 +265,17 @@ rabbitmq_answers() {
   ) 2>/dev/null
 }
 
-# While it boots, a broker does not heed a TERM; it has promised nothing yet either.
 rabbitmq_stop() {
-  if rabbitmq_answers "$1"; then end TERM "$1/rabbitmq.pid"; else end KILL "$1/rabbitmq.pid"; fi
-  end TERM "$1/epmd.pid"
+  if rabbitmq_answers "$1"; then rabbitmq_end TERM "$1"; else rabbitmq_kill "$1"; fi # while it boots it heeds no TERM
 }
-rabbitmq_kill() { end KILL "$1/rabbitmq.pid"; end KILL "$1/epmd.pid"; }
+rabbitmq_kill() { rabbitmq_end KILL "$1"; }
+rabbitmq_end() {
+  local file pid
+  for file in rabbitmq.pid epmd.pid; do
+    pid=$(living "$2/$file") || continue
+    end "$1" "$pid"
+  done
+}
 
 rabbitmq_ctl() {
   rabbitmq_environment "$1"
@@ -286,35 +320,27 @@ CONF
   (umask 077 && echo "postgres://sendoff:$password@127.0.0.1:$(cat "$dir/port")/postgres" >"$dir/url")
 }
 
+# Prints the server's id. Looks at its working directory too, which is the cluster's: the id may be another's by now.
 postgres_running() {
   local pid
   pid=$(head -n 1 "$1/data/cluster/postmaster.pid" 2>/dev/null) && start_time "$pid" >/dev/null &&
-    [[ $(realpath "/proc/$pid/cwd") == $(cluster "$1") ]]
+    [[ $(realpath "/proc/$pid/cwd") == $(cluster "$1") ]] && echo "$pid"
 }
 
-postgres_answers() { postgres_running "$1"; } # pg_ctl has waited for it
+postgres_answers() { postgres_running "$1" >/dev/null; } # pg_ctl has waited for it
 
 postgres_stop() {
-  ! postgres_running "$1" ||
+  ! postgres_answers "$1" ||
     as_account postgres "$(postgres_bin)/pg_ctl" stop -w -t 60 -s -m fast -D "$(cluster "$1")" ||
     postgres_kill "$1"
 }
 
-# Its children go too: while one lives, a new server refuses the shared memory.
+# Its children go too: while one lives, a new server refuses the shared memory. To a new server, an id that nobody has
+# waited for yet looks alive: hence the file.
 postgres_kill() {
-  local pid stat fields children=()
-  postgres_running "$1" || return 0
-  pid=$(head -n 1 "$1/data/cluster/postmaster.pid")
-  for stat in /proc/[0-9]*/stat; do
-    read -ra fields 2>/dev/null <"$stat" || continue
-    # The name in parentheses has no blank: these are PostgreSQL's own, or not its children.
-    [[ ${fields[3]} != "$pid" ]] || children+=("${fields[0]}")
-  done
-  kill -KILL "$pid" "${children[@]}" 2>/dev/null || true
-  for pid in "$pid" "${children[@]}"; do
-    while start_time "$pid" >/dev/null; do sleep 0.02; done
-  done
-  # To a new server an id that nobody has waited for yet looks alive.
+  local pid
+  pid=$(postgres_running "$1") || return 0
+  end KILL "$pid"
   rm -f -- "$1/data/cluster/postmaster.pid"
 }
 

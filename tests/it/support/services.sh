@@ -225,7 +225,7 @@ rabbitmq_launch() {
     detach rabbitmq "$dir/epmd.pid" "${RABBITMQ[@]}" epmd
     sleep 0.2
     living "$dir/epmd.pid" >/dev/null && break
-    [[ ! -d $dir/data/mnesia ]] && ((++tries < 5)) || { say "port $(cat "$dir/port") or the next ones are taken"; return 1; }
+    [[ ! -d $dir/data/mnesia ]] && ((++tries < 5)) || { say "port $(cat "$dir/port") or one of the next two is taken"; return 1; }
     rm -f -- "$dir/port" "$dir/data/rabbitmq.conf"
   done
   detach rabbitmq "$dir/rabbitmq.pid" "${RABBITMQ[@]}" "$(rabbitmq_bin)/rabbitmq-server"

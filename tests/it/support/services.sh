@@ -79,6 +79,7 @@ service_end() {
 
 service_make_data() {
   local kind=$1 dir=$2 account data=$2/data
+  rm -f -- "$data" "$dir/port" "$dir/url" # a link whose end was cleaned away
   account=$(account_for "$kind")
   if [[ -n $account ]] && ! as_account "$kind" test -x "$dir"; then
     data=$(mktemp -d "/tmp/sendoff-$kind.XXXXXX")
@@ -96,29 +97,27 @@ account_for() {
   if getent passwd "$1" >/dev/null; then echo "$1"; else echo nobody; fi
 }
 
-# as_account KIND COMMAND...: from /, as the service's account, with nothing of the caller's environment.
-as_account() {
-  local account environment=(env -i PATH="$SERVICE_PATH" LANG=C.UTF-8)
+# Sets AS: what to put before a command so that it runs as the service's account, with nothing of the caller's environment.
+prefix_for() {
+  local account
   account=$(account_for "$1")
-  shift
-  if [[ -n $account ]]; then
-    environment=(setpriv --reuid "$account" --regid "$(id -g "$account")" --clear-groups -- "${environment[@]}")
-  fi
-  (cd / && exec "${environment[@]}" "$@")
+  AS=(env -i PATH="$SERVICE_PATH" LANG=C.UTF-8)
+  [[ -z $account ]] || AS=(setpriv --reuid "$account" --regid "$(id -g "$account")" --clear-groups -- "${AS[@]}")
+}
+
+# as_account KIND COMMAND...: from /, for the account may not be let into the caller's directory.
+as_account() {
+  prefix_for "$1"
+  (cd / && exec "${AS[@]}" "${@:2}")
 }
 
 # detach KIND PIDFILE COMMAND...: in a session of its own (a Ctrl-C is not for it), without our locks, remembered by its id.
 detach() {
-  local kind=$1 pidfile=$2 output account environment=(env -i PATH="$SERVICE_PATH" LANG=C.UTF-8)
-  account=$(account_for "$kind")
-  output=$(dirname -- "$pidfile")/output
-  shift 2
-  if [[ -n $account ]]; then
-    environment=(setpriv --reuid "$account" --regid "$(id -g "$account")" --clear-groups -- "${environment[@]}")
-  fi
+  local pidfile=$2
+  prefix_for "$1"
   (
     cd /
-    exec setsid "${environment[@]}" "$@" </dev/null >>"$output" 2>&1 8>&- 9>&-
+    exec setsid "${AS[@]}" "${@:3}" </dev/null >>"${pidfile%/*}/output" 2>&1 8>&- 9>&-
   ) &
   echo "$! $(start_time $!)" >"$pidfile"
 }
@@ -219,22 +218,24 @@ rabbitmq_launch() {
   local dir=$1 tries=0
   while :; do
     [[ -s $dir/port ]] || free_ports >"$dir/port"
-    [[ -s $dir/data/rabbitmq.conf ]] || rabbitmq_configure "$dir"
+    [[ -s $dir/url ]] || rabbitmq_configure "$dir"
     rabbitmq_environment "$dir"
     # epmd takes its port at once, the broker seconds later: who has the one has all four.
     detach rabbitmq "$dir/epmd.pid" "${RABBITMQ[@]}" epmd
     sleep 0.2
     living "$dir/epmd.pid" >/dev/null && break
     [[ ! -d $dir/data/mnesia ]] && ((++tries < 5)) || { say "port $(cat "$dir/port") or one of the next two is taken"; return 1; }
-    rm -f -- "$dir/port" "$dir/data/rabbitmq.conf"
+    rm -f -- "$dir/port" "$dir/url"
   done
   detach rabbitmq "$dir/rabbitmq.pid" "${RABBITMQ[@]}" "$(rabbitmq_bin)/rabbitmq-server"
 }
 
+# The URL is written last: with it the service is complete.
 rabbitmq_configure() {
-  local dir=$1 port password account
-  port=$(cat "$dir/port")
+  local dir=$1 password account file
   password=$(random_word)
+  account=$(account_for rabbitmq)
+  rm -f -- "$dir/data/.erlang.cookie"
   (
     umask 077
     cat >"$dir/data/rabbitmq.conf" <<CONF
@@ -246,13 +247,13 @@ log.file.level = warning
 log.console = false
 CONF
     echo '[].' >"$dir/data/enabled_plugins"
-    rm -f -- "$dir/data/.erlang.cookie"
     random_word >"$dir/data/.erlang.cookie"
+    for file in rabbitmq.conf enabled_plugins .erlang.cookie; do
+      [[ -z $account ]] || chown "$account:" "$dir/data/$file"
+    done
     chmod 0400 "$dir/data/.erlang.cookie"
-    echo "amqp://sendoff:$password@127.0.0.1:$port/%2f" >"$dir/url"
+    echo "amqp://sendoff:$password@127.0.0.1:$(cat "$dir/port")/%2f" >"$dir/url"
   )
-  account=$(account_for rabbitmq)
-  [[ -z $account ]] || chown "$account:" "$dir/data/"{rabbitmq.conf,enabled_plugins,.erlang.cookie}
 }
 
 rabbitmq_running() { living "$1/rabbitmq.pid"; }
@@ -290,15 +291,15 @@ cluster() { echo "$(realpath -- "$1/data")/cluster"; }
 
 postgres_launch() {
   local dir=$1 tries=0 fresh=
-  [[ -s $dir/data/cluster/PG_VERSION ]] || fresh=yes
+  [[ -s $dir/url ]] || fresh=yes
   while :; do
     # The fourth of the four, so that no broker's triple is taken.
     [[ -s $dir/port ]] || echo $(($(free_ports) + 3)) >"$dir/port"
-    [[ -s $dir/data/cluster/PG_VERSION ]] || postgres_initialise "$dir" || return 1
+    [[ -s $dir/url ]] || postgres_initialise "$dir" || return 1
     as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$(cluster "$dir")" \
       -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 8>&- 9>&- && return
     [[ -n $fresh ]] && connects "$(cat "$dir/port")" && ((++tries < 5)) || return 1
-    rm -rf -- "$dir/port" "$dir/data/cluster" # another took the port between our look and the start
+    rm -f -- "$dir/port" "$dir/url" # another took the port between our look and the start
   done
 }
 
@@ -306,6 +307,7 @@ postgres_initialise() {
   local dir=$1 password account
   password=$(random_word)
   account=$(account_for postgres)
+  rm -rf -- "$dir/data/cluster"
   (umask 077 && echo "$password" >"$dir/data/cluster.password")
   [[ -z $account ]] || chown "$account:" "$dir/data/cluster.password"
   as_account postgres "$(postgres_bin)/initdb" -D "$(cluster "$dir")" -U sendoff -A scram-sha-256 -E UTF8 --no-locale \

@@ -1,10 +1,16 @@
 //! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
+pub mod audit;
 mod batch;
 mod bindings;
+mod change;
+pub mod config_cache;
+pub mod config_changes;
+mod features;
 mod incarnation;
 mod ledger;
+pub mod smtp_configs;
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -17,6 +23,7 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
 use sqlx::{ConnectOptions, Executor, PgConnection};
 
 pub use bindings::LaneBinding;
+pub use change::ChangeError;
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
 

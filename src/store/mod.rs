@@ -118,7 +118,8 @@ impl Store {
             .await?;
         let applied: BTreeSet<i64> = if exists {
             self.bounded(
-                sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success").fetch_all(&self.pool),
+                sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
+                    .fetch_all(&self.pool),
             )
             .await?
             .into_iter()
@@ -168,7 +169,9 @@ impl Store {
         let before = backend(&mut session).await?;
         // Poolers hand out the session that was used last: a transaction on another connection takes it away.
         let mut other = self.direct_session("sendoff check").await?;
-        tokio::time::timeout(ACQUIRE_BOUND, other.execute(sqlx::raw_sql("BEGIN"))).await.map_err(silence)??;
+        tokio::time::timeout(ACQUIRE_BOUND, other.execute(sqlx::raw_sql("BEGIN")))
+            .await
+            .map_err(silence)??;
         let after = tokio::time::timeout(ACQUIRE_BOUND, backend(&mut session)).await;
         // A pooler with a single session has none left to answer with.
         Ok(!matches!(after, Ok(Ok(after)) if after == before))
@@ -216,11 +219,12 @@ impl Session {
         mut self,
         result: Result<Result<T, sqlx::Error>, tokio::time::error::Elapsed>,
     ) -> Result<T, StoreError> {
-        result.map_err(|elapsed| {
-            self.0.close_on_drop();
-            silence(elapsed)
-        })?
-        .map_err(StoreError::from)
+        result
+            .map_err(|elapsed| {
+                self.0.close_on_drop();
+                silence(elapsed)
+            })?
+            .map_err(StoreError::from)
     }
 }
 
@@ -256,4 +260,31 @@ fn is_away(code: &str) -> bool {
     // 08 connection, 53 resources (53300 too many connections), 57 an operator (57P01 shutdown, 57P03 starting up, 57014
     // cancelled), 58 the system under it; 25006 is a standby that is not yet, or no longer, the primary.
     ["08", "53", "57", "58"].iter().any(|class| code.starts_with(class)) || code == "25006"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_servers_condition_is_told_from_a_refused_statement() {
+        for away in ["57P01", "57P02", "57P03", "57014", "08006", "53300", "53100", "58030", "25006"] {
+            assert!(is_away(away), "{away}");
+        }
+        for refused in ["23505", "23514", "22021", "40P01", "40001", "42P01", "28P01", "3D000"] {
+            assert!(!is_away(refused), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_loss_of_the_connection_is_unavailable_and_a_wrong_url_keeps_its_password() {
+        let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        for error in [sqlx::Error::Io(reset), sqlx::Error::PoolTimedOut, sqlx::Error::WorkerCrashed] {
+            assert!(matches!(StoreError::from(error), StoreError::Unavailable(_)));
+        }
+        assert!(matches!(StoreError::from(sqlx::Error::RowNotFound), StoreError::Internal(_)));
+        let error =
+            Store::new(&"mysql//root:hunter2@h".to_owned().into(), 1).err().expect("no URL of PostgreSQL");
+        assert!(!error.to_string().contains("hunter2"));
+    }
 }

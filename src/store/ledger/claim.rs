@@ -114,7 +114,8 @@ impl Work for Claims {
                 .collect(),
         };
         let mut session = self.store.session().await?;
-        let statement = tokio::time::timeout(STATEMENT_BOUND, asking.answer(session.connection(), claims)).await;
+        let statement =
+            tokio::time::timeout(STATEMENT_BOUND, asking.answer(session.connection(), claims)).await;
         let mut rows = session.end(statement)?;
         let mut answers = Vec::with_capacity(claims.len());
         for claim in claims {
@@ -326,11 +327,10 @@ impl Standing {
             State::Sent => Some(ClaimAnswer::AlreadySent),
             _ if claim.turn < self.turn => Some(ClaimAnswer::Stale(self.hand_over)),
             State::Claimed => Some(ClaimAnswer::Held { owner: self.owner }),
-            State::Deferred => {
-                self.not_before.filter(|not_before| *not_before > self.now).map(|not_before| {
-                    ClaimAnswer::NotYet { wait: until(self.now, not_before) }
-                })
-            }
+            State::Deferred => self
+                .not_before
+                .filter(|not_before| *not_before > self.now)
+                .map(|not_before| ClaimAnswer::NotYet { wait: until(self.now, not_before) }),
             State::Parked | State::Dead | State::Unknown | State::Cancelled => {
                 (claim.turn == self.turn).then_some(ClaimAnswer::Closed(self.hand_over))
             }

@@ -84,7 +84,8 @@ async fn answer(session: &mut PgConnection, gates: &[&Gate]) -> Result<Vec<GateA
         .map(|(position, _)| position)
         .collect();
     if !marking.is_empty() {
-        let marked = mark(session, &marking.iter().map(|position| gates[*position]).collect::<Vec<_>>()).await?;
+        let marked =
+            mark(session, &marking.iter().map(|position| gates[*position]).collect::<Vec<_>>()).await?;
         for (order, position) in marking.into_iter().enumerate() {
             if !marked.contains(&order) {
                 answers[position] = GateAnswer::NotOwner;

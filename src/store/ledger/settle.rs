@@ -131,7 +131,10 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
 }
 
 /// Whether each settle is recorded, by its position; no entry where there is no row.
-async fn settle(session: &mut PgConnection, settles: &[&Settle]) -> Result<HashMap<usize, bool>, sqlx::Error> {
+async fn settle(
+    session: &mut PgConnection,
+    settles: &[&Settle],
+) -> Result<HashMap<usize, bool>, sqlx::Error> {
     let outcomes: Vec<Outcome<'_>> = settles.iter().map(|settle| outcome(&settle.outcome)).collect();
     let next_turn =
         settles.iter().zip(&outcomes).map(|(s, o)| if o.hand_over { s.turn.next().0 } else { s.turn.0 });
@@ -159,7 +162,8 @@ async fn settle(session: &mut PgConnection, settles: &[&Settle]) -> Result<HashM
     rows.iter()
         .map(|row| {
             let position: i64 = row.try_get("position")?;
-            let position = usize::try_from(position - 1).map_err(|error| sqlx::Error::Decode(error.into()))?;
+            let position =
+                usize::try_from(position - 1).map_err(|error| sqlx::Error::Decode(error.into()))?;
             Ok((position, row.try_get("recorded")?))
         })
         .collect()

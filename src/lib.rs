@@ -4,4 +4,5 @@ pub mod clock;
 pub mod delivery;
 pub mod egress;
 pub mod model;
+pub mod secrets;
 pub mod store;

@@ -48,6 +48,24 @@ pub fn bounded(text: &str, max: usize) -> String {
     format!("{}…", &text[..end])
 }
 
+/// A header's line is folded at spaces only, and RFC 5322 section 2.1.1 ends it at 998 bytes, the name included.
+pub const UNFOLDED_MAX: usize = 900;
+
+/// Length in bytes of the longest piece that folding a header's value leaves whole: a run of spaces and the word behind it.
+pub fn longest_unfolded(value: &str) -> usize {
+    let mut longest = 0;
+    let mut start = 0;
+    let mut previous = b' ';
+    for (at, byte) in value.bytes().enumerate() {
+        if byte == b' ' && previous != b' ' {
+            longest = longest.max(at - start);
+            start = at;
+        }
+        previous = byte;
+    }
+    longest.max(value.len() - start)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +86,12 @@ mod tests {
         let cut = bounded("ääääääää", 8);
         assert!(cut.len() <= 8 && cut.ends_with('…'), "{cut}");
         assert_eq!(bounded("short", 8), "short");
+    }
+
+    #[test]
+    fn the_longest_unfolded_piece_counts_the_spaces_in_front_of_a_word() {
+        for (value, longest) in [("", 0), ("abc", 3), ("a bcd", 4), ("a   bc d", 5), ("a    ", 4)] {
+            assert_eq!(longest_unfolded(value), longest, "{value:?}");
+        }
     }
 }

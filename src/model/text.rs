@@ -48,22 +48,23 @@ pub fn bounded(text: &str, max: usize) -> String {
     format!("{}…", &text[..end])
 }
 
-/// A header's line is folded at spaces only, and RFC 5322 section 2.1.1 ends it at 998 bytes, the name included.
+/// A header's line is folded between pieces only, and RFC 5322 section 2.1.1 ends it at 998 bytes, the name included.
 pub const UNFOLDED_MAX: usize = 900;
 
-/// Length in bytes of the longest piece that folding a header's value leaves whole: a run of spaces and the word behind it.
-pub fn longest_unfolded(value: &str) -> usize {
-    let mut longest = 0;
+/// The pieces of a header's value that folding leaves whole, each with the space in front of it. A run of several spaces
+/// is no place to fold: readers make one space of it.
+pub fn unfolded_pieces(value: &str) -> impl Iterator<Item = &str> {
+    let bytes = value.as_bytes();
     let mut start = 0;
-    let mut previous = b' ';
-    for (at, byte) in value.bytes().enumerate() {
-        if byte == b' ' && previous != b' ' {
-            longest = longest.max(at - start);
-            start = at;
-        }
-        previous = byte;
-    }
-    longest.max(value.len() - start)
+    std::iter::from_fn(move || {
+        let is_single_space = |at: &usize| {
+            bytes[*at] == b' ' && bytes[at - 1] != b' ' && bytes.get(at + 1).is_some_and(|b| *b != b' ')
+        };
+        let end = (start + 1..bytes.len()).find(is_single_space).unwrap_or(bytes.len());
+        let piece = &value[start..end];
+        start = end;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 #[cfg(test)]
@@ -89,9 +90,15 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_unfolded_piece_counts_the_spaces_in_front_of_a_word() {
-        for (value, longest) in [("", 0), ("abc", 3), ("a bcd", 4), ("a   bc d", 5), ("a    ", 4)] {
-            assert_eq!(longest_unfolded(value), longest, "{value:?}");
+    fn a_value_is_folded_at_single_spaces_only() {
+        for (value, pieces) in [
+            ("", vec![]),
+            ("abc", vec!["abc"]),
+            ("a bcd ä", vec!["a", " bcd", " ä"]),
+            ("a  b c", vec!["a  b", " c"]),
+            (" a b ", vec![" a", " b "]),
+        ] {
+            assert_eq!(unfolded_pieces(value).collect::<Vec<_>>(), pieces, "{value:?}");
         }
     }
 }

@@ -78,7 +78,7 @@ fn judge_value(name: &str, value: &str) -> Result<(), &'static str> {
     if !value.is_ascii() && !has_prefix(name, "X-") && !name.eq_ignore_ascii_case("List-Id") {
         return Err("must be ASCII: encoded text is not allowed in this header");
     }
-    if text::longest_unfolded(value) > text::UNFOLDED_MAX {
+    if text::unfolded_pieces(value).any(|piece| piece.len() > text::UNFOLDED_MAX) {
         return Err("has more than 900 bytes without a space to fold the line at");
     }
     Ok(())

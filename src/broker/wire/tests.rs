@@ -391,6 +391,8 @@ fn any_json() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
     #[test]
     fn whatever_is_refused_is_explained(
         field in "version|id|organization_id|kind|to|cc|subject|text|calendar|attachments|headers|expires_at|group|sequence|on_unknown|other",

@@ -15,7 +15,7 @@ const ENCODED_WORD_MAX: usize = 75;
 const ENCODED_WORD_FRAME: usize = 12;
 /// Any one character fits: four bytes, three characters each.
 const ENCODED_ROOM_MIN: usize = 12;
-/// A word, with the spaces in front of it, that stays as it is; a longer one is encoded, so that it can be split.
+/// A piece that stays as it is; a longer one is encoded, so that it can be split.
 const WORD_MAX: usize = 66;
 /// A parameter's value that is written plainly.
 const PARAMETER_MAX: usize = 60;
@@ -92,20 +92,15 @@ impl<'o> Header<'o> {
         }
     }
 
-    /// Printable ASCII, folded in front of its spaces, so that unfolding restores every one of them.
+    /// Printable ASCII, folded at its single spaces.
     fn plain(&mut self, value: &str) {
-        let mut rest = value;
-        while !rest.is_empty() {
-            let word = rest.trim_start_matches(' ');
-            let end = rest.len() - word.len() + word.find(' ').unwrap_or(word.len());
-            let piece = &rest[..end];
+        for piece in text::unfolded_pieces(value) {
             if piece.starts_with(' ') {
                 self.make_room(piece.len());
                 self.push(piece);
             } else {
                 self.put(piece);
             }
-            rest = &rest[end..];
         }
     }
 
@@ -239,7 +234,7 @@ fn is_plain(value: &str, piece_max: usize) -> bool {
     value.bytes().all(|byte| matches!(byte, b' '..=b'~'))
         && !value.starts_with(' ')
         && !value.ends_with(' ')
-        && (value.len() <= piece_max || text::longest_unfolded(value) <= piece_max)
+        && (value.len() <= piece_max || text::unfolded_pieces(value).all(|piece| piece.len() <= piece_max))
 }
 
 fn is_simple(filename: &str) -> bool {

@@ -1,6 +1,6 @@
 //! Composed messages, read back by a parser that shares nothing with their writer.
 
-use mail_parser::{Address, Message, MessageParser, MessagePart, MimeHeaders, PartType};
+use mail_parser::{Address, HeaderForm, Message, MessageParser, MessagePart, MimeHeaders, PartType};
 use proptest::prelude::*;
 use time::macros::datetime;
 
@@ -67,7 +67,8 @@ fn assert_wire_safe(message: &[u8]) {
             _ => {}
         }
     }
-    let longest = message.split(|byte| *byte == b'\n').map(|line| line.len() - 1).max();
+    let longest =
+        message.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line).len()).max();
     assert!(longest <= Some(998), "{longest:?}");
 }
 
@@ -114,6 +115,10 @@ fn text_of(part: &MessagePart<'_>) -> String {
         PartType::Binary(bytes) | PartType::InlineBinary(bytes) => String::from_utf8(bytes.to_vec()).unwrap(),
         _ => panic!("not a leaf"),
     }
+}
+
+fn free_text(message: &Message<'_>, name: &'static str) -> String {
+    message.header_as(name, HeaderForm::Text)[0].as_text().unwrap().to_owned()
 }
 
 fn normal(text: &str) -> String {
@@ -282,7 +287,7 @@ fn everything_may_be_written_in_any_script() {
     assert_eq!(part(&message, "application/ics").attachment_name(), Some("招待状.ics"));
     let name = part(&message, "application/ics").content_type().unwrap().attribute("name");
     assert_eq!(name, Some("招待状.ics"), "the older Outlooks read this one");
-    assert_eq!(message.header("X-Salon").unwrap().as_text(), Some("Jörgs Salon"));
+    assert_eq!(free_text(&message, "X-Salon"), "Jörgs Salon");
 }
 
 #[test]
@@ -291,8 +296,10 @@ fn lines_of_headers_stay_short() {
     job.to =
         (0..50).map(|n| Mailbox::parse(&format!("Person {n} <person{n}@example.org>")).unwrap()).collect();
     job.subject = "word ".repeat(100).trim().to_owned();
-    job.headers =
-        vec![("References".into(), "<0190c6a1-7b1f-7c8e-9d53-1f2a3b4c5d6e@example.org> ".repeat(40))];
+    job.headers = vec![(
+        "References".into(),
+        "<0190c6a1-7b1f-7c8e-9d53-1f2a3b4c5d6e@example.org> ".repeat(40).trim().into(),
+    )];
     job.attachments = vec![file(&"ö".repeat(200), None), file(&"o".repeat(200), None)];
     let bytes = composed(&job);
     let text = String::from_utf8(bytes.clone()).unwrap();
@@ -327,7 +334,7 @@ fn what_looks_encoded_is_shown_as_it_was_written() {
     let message = parsed(&bytes);
     assert_eq!(message.subject(), Some(job.subject.as_str()));
     assert_eq!(names_and_addresses(message.to())[0].0.as_deref(), Some("=?utf-8?q?x?="));
-    assert_eq!(message.header("X-Note").unwrap().as_text(), Some("=?utf-8?q?x?="));
+    assert_eq!(free_text(&message, "X-Note"), "=?utf-8?q?x?=");
     assert!(head(&bytes).contains("List-Unsubscribe: <https://example.org/u?a=?b?=c>\r\n"));
 }
 
@@ -415,7 +422,7 @@ fn any_text() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn any_job_comes_back_as_it_was(
@@ -451,6 +458,6 @@ proptest! {
         let attached = part(&message, "image/png");
         prop_assert_eq!(attached.attachment_name(), Some(filename.as_str()));
         prop_assert_eq!(attached.contents(), job.attachments[0].content.as_slice());
-        prop_assert_eq!(message.header("X-Any").unwrap().as_text(), Some(header.as_str()));
+        prop_assert_eq!(free_text(&message, "X-Any"), header);
     }
 }

@@ -3,4 +3,6 @@
 pub mod clock;
 pub mod egress;
 pub mod model;
+pub mod settings;
+pub mod shutdown;
 pub mod store;

@@ -6,3 +6,4 @@ pub mod model;
 pub mod settings;
 pub mod shutdown;
 pub mod store;
+pub mod telemetry;

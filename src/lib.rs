@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod egress;
+pub mod http;
 pub mod model;
 pub mod settings;
 pub mod shutdown;

@@ -135,7 +135,7 @@ fn encryption(reader: &mut Reader<'_>, needs: Needs) -> EncryptionSettings {
                 reader.problem(format!("encryption.keys: two keys have the id `{id}`; each needs its own"))
             }
             None => {
-                let allowed = "`id:base64` with an id of 1 to 32 of A-Z, a-z, 0-9, `_` and `-`, and 32 bytes in \
+                let allowed = "`id:base64` with an id of 1 to 32 of A-Z, a-z, 0-9, `.`, `_` and `-`, and 32 bytes in \
                                base64; `sendoff keys generate` makes one";
                 reader.refuse("encryption.keys", "", allowed);
             }
@@ -147,11 +147,12 @@ fn encryption(reader: &mut Reader<'_>, needs: Needs) -> EncryptionSettings {
     EncryptionSettings { keys: items.into_iter().map(SecretString::from).collect() }
 }
 
+/// The id of an `id:base64(32 bytes)` item, padded or not, if it is one.
 fn key_id(item: &str) -> Option<&str> {
     let (id, key) = item.split_once(':')?;
-    let is_slug = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
-    let bytes = base64::engine::general_purpose::STANDARD.decode(key).ok()?;
-    ((1..=32).contains(&id.len()) && is_slug && bytes.len() == 32).then_some(id)
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let bytes = base64::engine::general_purpose::STANDARD_NO_PAD.decode(key.trim_end_matches('=')).ok()?;
+    ((1..=32).contains(&id.len()) && id.bytes().all(is_plain) && bytes.len() == 32).then_some(id)
 }
 
 fn delivery(reader: &mut Reader<'_>) -> DeliverySettings {

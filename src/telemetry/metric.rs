@@ -98,6 +98,12 @@ impl Metrics {
         Ok(Self { handle })
     }
 
+    /// Metrics that nothing records into, for tests of what serves them: a process has one recorder.
+    #[cfg(test)]
+    pub(crate) fn detached() -> Self {
+        Self { handle: PrometheusBuilder::new().build_recorder().handle() }
+    }
+
     /// Everything recorded, in Prometheus' text format.
     pub fn render(&self) -> String {
         self.handle.render()

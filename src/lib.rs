@@ -4,6 +4,7 @@ pub mod clock;
 pub mod egress;
 pub mod http;
 pub mod model;
+pub mod secrets;
 pub mod settings;
 pub mod shutdown;
 pub mod store;

@@ -1,6 +1,15 @@
 //! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
+pub mod audit;
+mod change;
+pub mod config_cache;
+pub mod config_changes;
+mod features;
+pub mod smtp_configs;
+
+pub use change::ChangeError;
+
 use std::str::FromStr;
 use std::time::Duration;
 

@@ -1,0 +1,248 @@
+//! A sealed value: its bytes, and what it is bound to.
+//! Guarantee: format version, key id, organization and field are authenticated, each with its length, so that no two
+//! different contexts have the same associated data.
+//!
+//! Bytes of format 1: `1`, length of the key id, key id, 12 bytes of nonce, ciphertext, 16 bytes of tag.
+
+use aes_gcm::aead::array::Array;
+use aes_gcm::aead::{AeadInOut, Generate};
+use aes_gcm::{Nonce, Tag};
+use secrecy::zeroize::Zeroize;
+use secrecy::{ExposeSecret, SecretString};
+
+use super::key_ring::{KeyRing, is_key_id};
+use crate::model::organization::OrganizationId;
+
+const FORMAT: u8 = 1;
+/// 96 bits, random (NIST SP 800-38D section 8.2.2): safe for 2^32 values under one key.
+const NONCE_BYTES: usize = 12;
+const TAG_BYTES: usize = 16;
+/// First in the associated data: what is authenticated here means nothing elsewhere, even under the same key.
+const PURPOSE: &[u8] = b"sendoff/smtp-credential";
+
+/// Which secret of an organization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// The SMTP user name.
+    Username,
+    /// The SMTP password.
+    Password,
+}
+
+impl Field {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Username => "username",
+            Self::Password => "password",
+        }
+    }
+}
+
+/// What a sealed value belongs to; it opens nowhere else.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Whose.
+    pub organization: &'a OrganizationId,
+    /// Which column.
+    pub field: Field,
+}
+
+/// Why a value does not open.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// It names a key that this ring lacks: the worker's settings are at fault, not the value.
+    #[error("sealed under the key `{id}`, which is not in encryption.keys")]
+    UnknownKey {
+        /// The key's id.
+        id: String,
+    },
+    /// Changed, moved from another organization or field, or sealed under another key of the same id.
+    #[error("does not open: changed, moved from elsewhere, or sealed under another key of this id")]
+    Tampered,
+    /// Not a sealed value of a known format.
+    #[error("is not a sealed value of a known format")]
+    Format,
+}
+
+struct Parts<'a> {
+    key_id: &'a str,
+    nonce: [u8; NONCE_BYTES],
+    ciphertext: &'a [u8],
+    tag: [u8; TAG_BYTES],
+}
+
+impl KeyRing {
+    /// Seals a value under the first key, with a nonce from the system's random source.
+    pub fn seal(&self, context: Context<'_>, plaintext: &SecretString) -> Vec<u8> {
+        let key = self.sealing_key();
+        let nonce = Nonce::try_generate().expect("the system's random source works once it has booted");
+        let mut sealed = header(&key.id);
+        sealed.extend_from_slice(&nonce);
+        let start = sealed.len();
+        sealed.reserve_exact(plaintext.expose_secret().len() + TAG_BYTES);
+        sealed.extend_from_slice(plaintext.expose_secret().as_bytes());
+        let tag = key
+            .cipher
+            .encrypt_inout_detached(&nonce, &associated_data(&key.id, context), (&mut sealed[start..]).into())
+            .expect("a value in memory is far below the cipher's limit of 64 GiB");
+        sealed.extend_from_slice(&tag);
+        sealed
+    }
+
+    /// Opens a value, as the field of the organization that the context names.
+    ///
+    /// # Errors
+    /// [`OpenError`]: a missing key is told apart from a value that is wrong.
+    pub fn open(&self, context: Context<'_>, sealed: &[u8]) -> Result<SecretString, OpenError> {
+        let parts = Parts::split(sealed).ok_or(OpenError::Format)?;
+        let key =
+            self.find(parts.key_id).ok_or_else(|| OpenError::UnknownKey { id: parts.key_id.to_owned() })?;
+        let mut buffer = parts.ciphertext.to_vec();
+        key.cipher
+            .decrypt_inout_detached(
+                &Array(parts.nonce),
+                &associated_data(parts.key_id, context),
+                buffer.as_mut_slice().into(),
+                &Tag::from(parts.tag),
+            )
+            .map_err(|_| OpenError::Tampered)?;
+        match String::from_utf8(buffer) {
+            Ok(plaintext) => Ok(plaintext.into()),
+            Err(error) => {
+                error.into_bytes().zeroize();
+                Err(OpenError::Format)
+            }
+        }
+    }
+}
+
+impl<'a> Parts<'a> {
+    fn split(sealed: &'a [u8]) -> Option<Self> {
+        let (&[format, id_length], rest) = sealed.split_first_chunk()?;
+        let (key_id, rest) = rest.split_at_checked(usize::from(id_length))?;
+        let key_id = std::str::from_utf8(key_id).ok().filter(|id| is_key_id(id))?;
+        let (nonce, rest) = rest.split_first_chunk()?;
+        let (ciphertext, tag) = rest.split_last_chunk()?;
+        (format == FORMAT).then_some(Self { key_id, nonce: *nonce, ciphertext, tag: *tag })
+    }
+}
+
+fn header(key_id: &str) -> Vec<u8> {
+    let mut bytes = vec![FORMAT];
+    push_with_length(&mut bytes, key_id);
+    bytes
+}
+
+fn associated_data(key_id: &str, context: Context<'_>) -> Vec<u8> {
+    let mut data = PURPOSE.to_vec();
+    data.extend_from_slice(&header(key_id));
+    push_with_length(&mut data, context.organization.as_str());
+    push_with_length(&mut data, context.field.as_str());
+    data
+}
+
+fn push_with_length(bytes: &mut Vec<u8>, text: &str) {
+    bytes
+        .push(u8::try_from(text.len()).expect("key ids, organizations and fields are at most 64 bytes long"));
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECRET: &str = " pässword\u{1f511} with spaces ";
+
+    fn ring(ids: &[&str]) -> KeyRing {
+        let items: Vec<SecretString> = ids.iter().map(|id| KeyRing::generate(id).unwrap()).collect();
+        KeyRing::parse(&items).unwrap()
+    }
+
+    fn organization(text: &str) -> OrganizationId {
+        OrganizationId::parse(text).unwrap()
+    }
+
+    fn password(organization: &OrganizationId) -> Context<'_> {
+        Context { organization, field: Field::Password }
+    }
+
+    #[test]
+    fn a_value_opens_where_it_was_sealed_and_is_unchanged() {
+        let (ring, acme) = (ring(&["a"]), organization("acme"));
+        for plaintext in ["", SECRET, &"x".repeat(2000)] {
+            let sealed = ring.seal(password(&acme), &plaintext.into());
+            assert_eq!(ring.open(password(&acme), &sealed).unwrap().expose_secret(), plaintext);
+        }
+    }
+
+    #[test]
+    fn two_seals_of_one_value_have_nothing_in_common_but_the_header() {
+        let (ring, acme) = (ring(&["a"]), organization("acme"));
+        let [one, two] = [(); 2].map(|()| ring.seal(password(&acme), &SECRET.into()));
+        assert_eq!(one[..3], two[..3]);
+        assert_ne!(one[3..15], two[3..15]);
+        assert_ne!(one[15..], two[15..]);
+        assert!(!one.windows(8).any(|window| SECRET.as_bytes().windows(8).any(|part| part == window)));
+    }
+
+    #[test]
+    fn a_value_moved_to_another_organization_or_field_does_not_open() {
+        let (ring, acme, other) = (ring(&["a"]), organization("acme"), organization("acm"));
+        let sealed = ring.seal(password(&acme), &SECRET.into());
+        assert_eq!(ring.open(password(&other), &sealed).unwrap_err(), OpenError::Tampered);
+        let username = Context { organization: &acme, field: Field::Username };
+        assert_eq!(ring.open(username, &sealed).unwrap_err(), OpenError::Tampered);
+    }
+
+    #[test]
+    fn an_integer_and_its_text_are_the_same_organization_here_too() {
+        let ring = ring(&["a"]);
+        let sealed = ring.seal(password(&OrganizationId::from_integer(42)), &SECRET.into());
+        assert!(ring.open(password(&organization("42")), &sealed).is_ok());
+    }
+
+    #[test]
+    fn no_flipped_bit_and_no_missing_byte_goes_unnoticed() {
+        let (ring, acme) = (ring(&["key-a", "key-c"]), organization("acme"));
+        let sealed = ring.seal(password(&acme), &SECRET.into());
+        for bit in 0..sealed.len() * 8 {
+            let mut changed = sealed.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(ring.open(password(&acme), &changed).is_err(), "bit {bit}");
+        }
+        for length in 0..sealed.len() {
+            assert!(ring.open(password(&acme), &sealed[..length]).is_err(), "{length} bytes");
+        }
+        let longer = [sealed.as_slice(), &[0]].concat();
+        assert_eq!(ring.open(password(&acme), &longer).unwrap_err(), OpenError::Tampered);
+    }
+
+    #[test]
+    fn a_missing_key_is_told_apart_from_a_wrong_one() {
+        let acme = organization("acme");
+        let sealed = ring(&["a"]).seal(password(&acme), &SECRET.into());
+        let missing = ring(&["b"]).open(password(&acme), &sealed).unwrap_err();
+        assert_eq!(missing, OpenError::UnknownKey { id: "a".into() });
+        assert_eq!(ring(&["a"]).open(password(&acme), &sealed).unwrap_err(), OpenError::Tampered);
+        assert_eq!(ring(&["a"]).open(password(&acme), b"plaintext").unwrap_err(), OpenError::Format);
+    }
+
+    #[test]
+    fn an_older_key_still_opens_after_a_new_one_is_put_first() {
+        let acme = organization("acme");
+        let [old, new] = ["old", "new"].map(|id| KeyRing::generate(id).unwrap());
+        let before = KeyRing::parse(std::slice::from_ref(&old)).unwrap();
+        let after = KeyRing::parse(&[new, old]).unwrap();
+        let sealed = before.seal(password(&acme), &SECRET.into());
+        assert_eq!(after.open(password(&acme), &sealed).unwrap().expose_secret(), SECRET);
+        let missing = before.open(password(&acme), &after.seal(password(&acme), &SECRET.into())).unwrap_err();
+        assert_eq!(missing, OpenError::UnknownKey { id: "new".into() });
+    }
+
+    #[test]
+    fn an_opened_value_prints_nothing() {
+        let (ring, acme) = (ring(&["a"]), organization("acme"));
+        let opened = ring.open(password(&acme), &ring.seal(password(&acme), &SECRET.into())).unwrap();
+        assert!(!format!("{opened:?}").contains("word"));
+    }
+}

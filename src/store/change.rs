@@ -1,0 +1,94 @@
+//! A change of an organization's settings: one transaction, bounded in time.
+//! Guarantee: every error but [`ChangeError::Unknown`] means that nothing was changed.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::time::Duration;
+
+use sqlx::{Postgres, Transaction};
+
+use super::{Store, StoreError};
+use crate::model::organization::OrganizationId;
+
+/// Everything before the commit. A lock held by somebody else ends sooner, in the database.
+const PREPARE_LIMIT: Duration = Duration::from_secs(3);
+const COMMIT_LIMIT: Duration = Duration::from_secs(2);
+
+pub(super) type Tx = Transaction<'static, Postgres>;
+
+/// Why a change was not made. `R`: what the caller's own rule, asked under the lock, refuses with.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError<R = Infallible> {
+    /// The organization has a configuration.
+    #[error("the organization already has an SMTP configuration")]
+    AlreadyExists,
+    /// It has none.
+    #[error("the organization has no SMTP configuration")]
+    NotFound,
+    /// Another version than the caller's is current.
+    #[error("the current version is {current}")]
+    Conflict {
+        /// The current version.
+        current: i64,
+    },
+    /// The caller's rule does not allow it.
+    #[error("refused")]
+    Refused(R),
+    /// The connection was lost at the commit: the change may have been made.
+    #[error("it is not known whether the change was made: {0}")]
+    Unknown(String),
+    /// The database did not do it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl<R> From<sqlx::Error> for ChangeError<R> {
+    fn from(error: sqlx::Error) -> Self {
+        // 55P03: somebody else holds the row, and the wait for it is over.
+        let busy = error.as_database_error().and_then(|e| e.code()).is_some_and(|code| code == "55P03");
+        Self::Store(if busy { StoreError::Unavailable(error.to_string()) } else { error.into() })
+    }
+}
+
+/// Opens the transaction of a change.
+pub(super) async fn begin(store: &Store) -> Result<Tx, sqlx::Error> {
+    let mut tx = store.pool.begin().await?;
+    sqlx::query("SET LOCAL lock_timeout = '2s'").execute(&mut *tx).await?;
+    Ok(tx)
+}
+
+/// Takes the organization's row for update, making it when there is none. Every change of an organization takes this
+/// lock first, so two changes neither overlap nor deadlock.
+pub(super) async fn lock(tx: &mut Tx, organization: &OrganizationId) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO organizations (organization_id) VALUES ($1) ON CONFLICT DO NOTHING")
+        .bind(organization.as_str())
+        .execute(&mut **tx)
+        .await?;
+    sqlx::query("SELECT 1 FROM organizations WHERE organization_id = $1 FOR UPDATE")
+        .bind(organization.as_str())
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Runs what precedes the commit, no longer than it may take.
+pub(super) async fn prepare<T, R>(
+    work: impl Future<Output = Result<T, ChangeError<R>>>,
+) -> Result<T, ChangeError<R>> {
+    match tokio::time::timeout(PREPARE_LIMIT, work).await {
+        Ok(done) => done,
+        Err(_) => {
+            let detail = format!("no answer within {} s", PREPARE_LIMIT.as_secs());
+            Err(ChangeError::Store(StoreError::Unavailable(detail)))
+        }
+    }
+}
+
+/// Commits. A failure here leaves it open what has become of the change.
+pub(super) async fn commit<R>(tx: Tx) -> Result<(), ChangeError<R>> {
+    match tokio::time::timeout(COMMIT_LIMIT, tx.commit()).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(ChangeError::Unknown(error.to_string())),
+        Err(_) => Err(ChangeError::Unknown(format!("no answer within {} s", COMMIT_LIMIT.as_secs()))),
+    }
+}

@@ -11,7 +11,7 @@ use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 
 /// Everything before the commit. A lock held by somebody else ends sooner, in the database.
-const PREPARE_LIMIT: Duration = Duration::from_secs(3);
+const PREPARE_LIMIT: Duration = Duration::from_secs(2);
 const COMMIT_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) type Tx = Transaction<'static, Postgres>;
@@ -53,7 +53,7 @@ impl<R> From<sqlx::Error> for ChangeError<R> {
 /// Opens the transaction of a change.
 pub(super) async fn begin(store: &Store) -> Result<Tx, sqlx::Error> {
     let mut tx = store.pool.begin().await?;
-    sqlx::query("SET LOCAL lock_timeout = '2s'").execute(&mut *tx).await?;
+    sqlx::query("SET LOCAL lock_timeout = '1500ms'").execute(&mut *tx).await?;
     Ok(tx)
 }
 

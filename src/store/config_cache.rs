@@ -73,7 +73,8 @@ impl ConfigCache {
     ) -> Result<Arc<RouteFacts>, StoreError> {
         let begun = self.0.loads.load(Ordering::Acquire);
         self.facts(organization, |held| {
-            let equal = held.facts.custom_smtp == custom_smtp && held.facts.config_version() == config_version;
+            let equal =
+                held.facts.custom_smtp == custom_smtp && held.facts.config_version() == config_version;
             // Versions never restart, so a higher one was read later.
             let newer = config_version.is_some() && held.facts.config_version() > config_version;
             // A load that began after the answer was there has seen at least what the answer saw.

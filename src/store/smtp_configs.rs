@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use time::OffsetDateTime;
@@ -16,6 +16,14 @@ use crate::model::address::{EmailAddress, Mailbox};
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use crate::secrets::{Context, Field, KeyRing, OpenError};
+
+/// Named one by one: the plan of a `*` breaks in a running worker when a newer program adds a column.
+macro_rules! shown_columns {
+    () => {
+        "version, from_email, from_name, host, port, secure, last_test_at, last_test_ok, last_test_code, created_at, \
+         updated_at"
+    };
+}
 
 /// The configurations, with the keys that their credentials are sealed under. Cheap to clone.
 #[derive(Clone)]
@@ -171,10 +179,11 @@ impl SmtpConfigs {
     /// # Errors
     /// When the database does not answer.
     pub async fn get(&self, organization: &OrganizationId) -> Result<OrganizationSettings, StoreError> {
-        let row = sqlx::query(
-            "SELECT o.custom_smtp, c.* FROM organizations o LEFT JOIN smtp_configs c USING (organization_id)
-             WHERE o.organization_id = $1",
-        )
+        let row = sqlx::query(concat!(
+            "SELECT custom_smtp, ",
+            shown_columns!(),
+            " FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1"
+        ))
         .bind(organization.as_str())
         .fetch_optional(&self.store.pool)
         .await?;
@@ -192,8 +201,8 @@ impl SmtpConfigs {
     /// When the database does not answer.
     pub async fn load_for_sending(&self, organization: &OrganizationId) -> Result<RouteFacts, StoreError> {
         let row = sqlx::query(
-            "SELECT o.custom_smtp, c.* FROM organizations o LEFT JOIN smtp_configs c USING (organization_id)
-             WHERE o.organization_id = $1",
+            "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed
+             FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1",
         )
         .bind(organization.as_str())
         .fetch_optional(&self.store.pool)
@@ -230,11 +239,12 @@ impl SmtpConfigs {
             if current(&mut tx, organization).await?.is_some() {
                 return Err(ChangeError::AlreadyExists);
             }
-            let row: ConfigRow = sqlx::query_as(
+            let row: ConfigRow = sqlx::query_as(concat!(
                 "INSERT INTO smtp_configs (organization_id, version, from_email, from_name, host, port, secure,
                      username_sealed, password_sealed)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING *",
-            )
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING ",
+                shown_columns!()
+            ))
             .bind(organization.as_str())
             .bind(next_version(&mut tx, organization).await?)
             .bind(new.from_email.as_str())
@@ -317,11 +327,10 @@ impl SmtpConfigs {
         organization: &OrganizationId,
         patch: &SmtpConfigPatch,
     ) -> Result<ConfigRow, sqlx::Error> {
-        use secrecy::ExposeSecret;
         let seal = |field, secret: &Option<SecretString>| {
             secret.as_ref().map(|secret| self.seal(organization, field, secret.expose_secret()))
         };
-        sqlx::query_as(
+        sqlx::query_as(concat!(
             "UPDATE smtp_configs SET version = $2, updated_at = now(),
                  from_email = COALESCE($3, from_email), from_name = COALESCE($4, from_name),
                  host = COALESCE($5, host), port = COALESCE($6, port), secure = COALESCE($7, secure),
@@ -329,8 +338,9 @@ impl SmtpConfigs {
                  last_test_at = CASE WHEN $10 THEN NULL ELSE last_test_at END,
                  last_test_ok = CASE WHEN $10 THEN NULL ELSE last_test_ok END,
                  last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END
-             WHERE organization_id = $1 RETURNING *",
-        )
+             WHERE organization_id = $1 RETURNING ",
+            shown_columns!()
+        ))
         .bind(organization.as_str())
         .bind(next_version(tx, organization).await?)
         .bind(patch.from_email.as_ref().map(EmailAddress::as_str))
@@ -435,7 +445,7 @@ fn has_config(row: &PgRow) -> Result<bool, sqlx::Error> {
 }
 
 async fn current(tx: &mut Tx, organization: &OrganizationId) -> Result<Option<ConfigRow>, sqlx::Error> {
-    sqlx::query_as("SELECT * FROM smtp_configs WHERE organization_id = $1")
+    sqlx::query_as(concat!("SELECT ", shown_columns!(), " FROM smtp_configs WHERE organization_id = $1"))
         .bind(organization.as_str())
         .fetch_optional(&mut **tx)
         .await

@@ -1,0 +1,254 @@
+//! The control commands (contract section 4): bytes in, a reply and events out. Knows nothing of the broker.
+//! Guarantee: every command is answered, in time and with one of the contract's codes, and leaves a row in the audit
+//! log; neither a reply, nor an event, nor that row holds a credential.
+
+mod error;
+mod feature_set;
+mod fields;
+mod job_status;
+mod request;
+mod smtp_config_create;
+mod smtp_config_delete;
+mod smtp_config_get;
+mod smtp_config_update;
+mod smtp_params;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+
+pub use error::{Code, ControlError, Response};
+
+use crate::clock::Clock;
+use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
+use crate::model::event::{Event, What};
+use crate::model::job::JobKey;
+use crate::model::ledger::JobStatus;
+use crate::model::organization::OrganizationId;
+use crate::model::text;
+use crate::store::audit::AuditEntry;
+use crate::store::smtp_configs::{OrganizationSettings, SmtpConfigs};
+use crate::store::{Store, StoreError};
+use request::{Command, Request};
+
+/// A reply comes within 10 s (contract section 4). The steps' own limits add up to less; this one is the last resort.
+const REPLY_LIMIT: Duration = Duration::from_millis(9500);
+/// One read from the database.
+const READ_LIMIT: Duration = Duration::from_millis(1500);
+/// Looking up a host.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(4);
+/// The audit row of a command that changed nothing.
+const AUDIT_LIMIT: Duration = Duration::from_millis(500);
+/// Longest AMQP user that is kept in the audit log, in bytes (the protocol's own limit).
+const USER_ID_MAX: usize = 255;
+
+/// The ledger's answer about one job.
+pub type JobLookUp =
+    Arc<dyn Fn(JobKey) -> BoxFuture<'static, Result<Option<JobStatus>, StoreError>> + Send + Sync>;
+
+/// What the settings say about commands.
+#[derive(Debug, Clone, Default)]
+pub struct ControlRules {
+    /// `delivery.custom_smtp = "all"`: no feature flag is asked for.
+    pub custom_smtp_for_all: bool,
+    /// `control.allowed_users`; empty allows every user.
+    pub allowed_users: Vec<String>,
+}
+
+/// What the broker tells about a command beside its body.
+#[derive(Debug, Clone, Default)]
+pub struct CommandMeta {
+    /// The AMQP property, which the broker has verified.
+    pub user_id: Option<String>,
+}
+
+/// Carries out commands. Cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    store: Store,
+    configs: SmtpConfigs,
+    egress: Arc<Egress>,
+    jobs: JobLookUp,
+    clock: Clock,
+    rules: Arc<ControlRules>,
+}
+
+/// A command that was carried out: its result, and what is to be announced.
+struct Done {
+    result: Value,
+    events: Vec<Event>,
+    /// Whether its audit row was written together with the change.
+    audited: bool,
+}
+
+/// What every command's file is given.
+struct Call<'a> {
+    request: &'a Request,
+    user_id: Option<&'a str>,
+    /// Names of the parameters that were given, as far as they are known.
+    given: Vec<&'static str>,
+}
+
+impl Control {
+    /// `jobs` answers `job.status`.
+    pub fn new(
+        store: Store,
+        configs: SmtpConfigs,
+        egress: Arc<Egress>,
+        jobs: JobLookUp,
+        clock: Clock,
+        rules: ControlRules,
+    ) -> Self {
+        Self { store, configs, egress, jobs, clock, rules: Arc::new(rules) }
+    }
+
+    /// Carries out one command and gives the reply, and the events to be published, which tell of what is committed.
+    /// It neither fails nor panics.
+    pub async fn handle(&self, body: &[u8], meta: CommandMeta) -> (Response, Vec<Event>) {
+        let request = Request::read(body);
+        let command = request.command.map_or("unknown", Command::as_str);
+        let user_id = meta.user_id.map(|user| text::bounded(&text::single_line(&user), USER_ID_MAX));
+        let given =
+            request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
+        let call = Call { request: &request, user_id: user_id.as_deref(), given };
+        let work = AssertUnwindSafe(tokio::time::timeout(REPLY_LIMIT, self.answer(&call))).catch_unwind();
+        let outcome = match work.await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_elapsed)) => {
+                tracing::error!(command, "a control command took too long");
+                Err(ControlError::outcome_unknown())
+            }
+            // The panic's own message went to the log with its place.
+            Err(_panic) => Err(ControlError::internal()),
+        };
+        match outcome {
+            Ok(done) => (Response::new(command, Ok(done.result)), done.events),
+            Err(error) => (Response::new(command, Err(error)), Vec::new()),
+        }
+    }
+
+    async fn answer(&self, call: &Call<'_>) -> Result<Done, ControlError> {
+        let outcome = if self.may_command(call.user_id) {
+            self.carry_out(call).await
+        } else {
+            Err(ControlError::not_allowed())
+        };
+        match &outcome {
+            Ok(Done { audited: true, .. }) => {}
+            Ok(_) => self.audit(call, "ok").await,
+            // Where the database is away there is no log to write to.
+            Err(error) if error.code == Code::Unavailable => {}
+            Err(error) => self.audit(call, error.code.as_str()).await,
+        }
+        outcome
+    }
+
+    fn may_command(&self, user_id: Option<&str>) -> bool {
+        let allowed = &self.rules.allowed_users;
+        allowed.is_empty() || user_id.is_some_and(|user| allowed.iter().any(|name| name == user))
+    }
+
+    async fn carry_out(&self, call: &Call<'_>) -> Result<Done, ControlError> {
+        if let Some(fault) = &call.request.fault {
+            return Err(fault.clone());
+        }
+        let command = call.request.command.ok_or_else(ControlError::internal)?;
+        call.request.params.check_known(params_of(command))?;
+        match command {
+            Command::SmtpConfigCreate => self.smtp_config_create(call).await,
+            Command::SmtpConfigGet => self.smtp_config_get(call).await,
+            Command::SmtpConfigUpdate => self.smtp_config_update(call).await,
+            Command::SmtpConfigDelete => self.smtp_config_delete(call).await,
+            Command::FeatureSet => self.feature_set(call).await,
+            Command::JobStatus => self.job_status(call).await,
+        }
+    }
+
+    /// For what changed nothing. The command's answer does not depend on it.
+    async fn audit(&self, call: &Call<'_>, outcome: &str) {
+        if call.request.command.is_none() {
+            return;
+        }
+        let detail =
+            match tokio::time::timeout(AUDIT_LIMIT, self.store.record_audit(call.audit(outcome))).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "no answer in time".to_owned(),
+            };
+        tracing::warn!(detail, outcome, "a control command is missing in the audit log");
+    }
+
+    async fn settings_of(&self, organization: &OrganizationId) -> Result<OrganizationSettings, ControlError> {
+        let read = tokio::time::timeout(READ_LIMIT, self.configs.get(organization));
+        read.await.map_err(|_| ControlError::unavailable())?.map_err(ControlError::from)
+    }
+
+    fn check_enabled(&self, settings: &OrganizationSettings) -> Result<(), ControlError> {
+        if settings.custom_smtp || self.rules.custom_smtp_for_all {
+            Ok(())
+        } else {
+            Err(ControlError::feature_disabled())
+        }
+    }
+
+    /// Judges port, host and every address of it, as each later connection will again.
+    async fn check_server(&self, host: &ServerHost, port: u16) -> Result<(), ControlError> {
+        let approved: Result<Vec<ApprovedAddr>, EgressError> =
+            match tokio::time::timeout(LOOK_UP_LIMIT, self.egress.approve(host, port)).await {
+                Ok(approved) => approved,
+                Err(_) => {
+                    let detail = format!("no answer within {} s", LOOK_UP_LIMIT.as_secs());
+                    Err(EgressError::DnsFailed { detail })
+                }
+            };
+        approved.map(|_| ()).map_err(ControlError::from)
+    }
+
+    fn event(&self, organization: &OrganizationId, what: What) -> Vec<Event> {
+        vec![Event::of_organization(self.clock.now(), organization.clone(), what)]
+    }
+}
+
+impl Call<'_> {
+    /// The organization; the request has been checked to name one where the command needs it.
+    fn organization(&self) -> Result<&OrganizationId, ControlError> {
+        fields::required("organization_id", self.request.organization.as_ref())
+    }
+
+    fn audit<'b>(&'b self, outcome: &'b str) -> AuditEntry<'b> {
+        AuditEntry {
+            actor: self.request.actor.as_deref(),
+            user_id: self.user_id,
+            organization: self.request.organization.as_ref(),
+            command: self.request.command.map_or("unknown", Command::as_str),
+            outcome,
+            fields: &self.given,
+        }
+    }
+}
+
+impl Done {
+    /// Of a command that changed nothing.
+    fn read(result: Value) -> Self {
+        Self { result, events: Vec::new(), audited: false }
+    }
+
+    /// Of a change, with which its audit row was committed.
+    fn changed(result: Value, events: Vec<Event>) -> Self {
+        Self { result, events, audited: true }
+    }
+}
+
+fn params_of(command: Command) -> &'static [&'static str] {
+    match command {
+        Command::SmtpConfigCreate => smtp_config_create::PARAMS,
+        Command::SmtpConfigUpdate => smtp_config_update::PARAMS,
+        Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
+        Command::FeatureSet => feature_set::PARAMS,
+        Command::JobStatus => job_status::PARAMS,
+    }
+}

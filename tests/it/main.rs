@@ -1,1 +1,3 @@
-
+//! Black-box tests against real services, in one binary.
+mod ledger;
+mod support;

@@ -1,0 +1,2 @@
+//! What the tests are run against.
+pub mod database;

@@ -1,5 +1,6 @@
 //! Sendoff: a background email worker. Jobs come from RabbitMQ and leave through each organization's own SMTP server.
 
+pub mod broker;
 pub mod clock;
 pub mod egress;
 pub mod model;

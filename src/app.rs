@@ -23,13 +23,16 @@ use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::settings::{CustomSmtp, Settings};
 use crate::shutdown::Shutdown;
-use crate::smtp::connect::{Observer, SmtpConnector, SmtpOptions};
-use crate::smtp::pool::{Pool, PoolLimits};
-use crate::smtp::stream::Deadlines;
-use crate::smtp::tls::TlsRoots;
-use crate::store::incarnation::{DEAD_AFTER, Incarnations};
-use crate::store::ledger::{Ledger, Sweeper};
-use crate::store::{ConfigCache, ConfigChanges, SchemaState, SmtpConfigs, Store};
+use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
+use crate::smtp::{Pool, PoolLimits};
+use crate::smtp::Deadlines;
+use crate::smtp::TlsRoots;
+use crate::store::{DEAD_AFTER, Incarnations};
+use crate::store::{Ledger, Sweeper};
+use crate::store::config_cache::ConfigCache;
+use crate::store::config_changes::ConfigChanges;
+use crate::store::smtp_configs::SmtpConfigs;
+use crate::store::{SchemaState, Store};
 use crate::telemetry::{self, ConnectionState, Metrics};
 
 /// Connections to PostgreSQL, beside the one that holds the worker's lock and the one that listens.
@@ -184,7 +187,7 @@ impl Running {
             tokio::spawn(lanes::pause_without_database(broker.clone(), database.clone(), self.shutdown.clone()));
 
         let worker = Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
-        self.serve_commands(settings, &ledger, &broker);
+        self.serve_commands(settings, &broker);
         let lanes = serve_lanes(settings, &worker, &broker)?;
 
         self.shutdown.stop_taking().await;
@@ -219,6 +222,7 @@ impl Running {
         Worker {
             desk: Desk {
                 ledger: ledger.clone(),
+                store: self.store.clone(),
                 publisher: broker.publisher(),
                 database: database.clone(),
                 retry: retry.clone(),

@@ -12,8 +12,10 @@ use crate::model::ledger::{AttemptRecord, Claimed};
 use crate::model::policy::{self, Feedback, Verdict};
 use crate::model::smtp_settings::Destination;
 use crate::smtp::compose::needs_smtputf8;
-use crate::smtp::pool::Pool;
-use crate::smtp::session::Envelope;
+use crate::smtp::Pool;
+use crate::smtp::Envelope;
+
+use crate::telemetry::AttemptResult;
 
 use super::destination::Outcome;
 use super::route::Route;
@@ -77,6 +79,15 @@ impl Report {
             Some(Verdict::Unknown) => Some(Reason::UnknownOutcome),
             None if !self.refused.is_empty() => Some(Reason::RecipientsRefused),
             None => None,
+        }
+    }
+
+    /// How the attempt is counted.
+    pub fn result(&self) -> AttemptResult {
+        match self.verdict {
+            Some(Verdict::Unknown) => AttemptResult::Unknown,
+            _ if self.accepted.is_empty() => AttemptResult::Failed,
+            _ => AttemptResult::Sent,
         }
     }
 
@@ -155,19 +166,22 @@ impl Progress {
     }
 }
 
-/// Sends a composed message to the recipients at `recipients`. `gate` is asked right before each DATA.
-pub async fn send<G>(
+/// The last look before DATA.
+pub trait Gatekeeper: Sync {
+    /// Whether a message may leave now.
+    fn pass(&self) -> impl Future<Output = Result<(), Shut>> + Send;
+}
+
+/// Sends a composed message to the recipients at `recipients`. The gate is asked right before each DATA.
+pub async fn send(
     pool: &Pool,
     route: &Route,
     job: &Job,
     message: &[u8],
     recipients: Vec<u16>,
     progress: &Progress,
-    gate: G,
-) -> Report
-where
-    G: AsyncFn() -> Result<(), Shut>,
-{
+    gate: &impl Gatekeeper,
+) -> Report {
     let started = Instant::now();
     let mut report = Report::default();
     let mut todo = recipients;
@@ -192,7 +206,7 @@ where
         let mut shut = None;
         let transaction = session
             .send(&envelope, message, async {
-                match gate().await {
+                match gate.pass().await {
                 Ok(()) => {
                     progress.commit();
                     true

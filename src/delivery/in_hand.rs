@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use crate::broker::headers::{JobHeaders, Received};
-use crate::broker::jobs::{Delivery, Settled};
+use crate::broker::{JobHeaders, Received};
+use crate::broker::{Delivery, Settled};
 use crate::telemetry::{self, LaneMetrics, Outcome};
 
 /// A lane as the worker serves it.

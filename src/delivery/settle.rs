@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use crate::broker::headers::{JobHeaders, Received, Scalar};
-use crate::broker::publisher::{DeadLetter, PublishError, Publisher};
+use crate::broker::{JobHeaders, Received, Scalar};
+use crate::broker::{DeadLetter, PublishError, Publisher};
 use crate::broker::wire::Refusal;
 use crate::clock::Clock;
 use crate::model::event::{Event, JobFacts, What};
@@ -15,8 +15,7 @@ use crate::model::ledger::{Claimed, HandOver, Settle, SettleAnswer, Settlement, 
 use crate::model::policy::RetryLimits;
 use crate::model::smtp_settings::Destination;
 use crate::shutdown::Shutdown;
-use crate::store::StoreError;
-use crate::store::ledger::Ledger;
+use crate::store::{Ledger, Store, StoreError};
 use crate::telemetry::{self, Outcome};
 
 use super::attempt::{Report, Shut};
@@ -34,6 +33,8 @@ const RECIPIENTS: &str = "sendoff-recipients";
 pub struct Desk {
     /// The ledger.
     pub ledger: Ledger,
+    /// The database, for what a repeated announcement says.
+    pub store: Store,
     /// The broker, for what is republished and announced.
     pub publisher: Publisher,
     /// Whether the database can be asked.
@@ -92,7 +93,7 @@ impl Desk {
     }
 
     async fn announce_again(&self, job: &Job) -> Result<(), Stopped> {
-        let Ok(Some(status)) = self.ledger.status(&job.key).await else { return Ok(()) };
+        let Ok(Some(status)) = self.store.job_status(&job.key).await else { return Ok(()) };
         if status.state != State::Sent {
             return Ok(());
         }
@@ -110,7 +111,7 @@ impl Desk {
     /// Back to the lane by way of an aside queue, with the same turn: nothing was attempted.
     pub async fn put_aside(&self, delivery: InHand<'_>, delay_s: u32) {
         let headers = delivery.headers(self.clock.now());
-        match self.owe("aside", async || self.retry_copy(&delivery, delay_s, headers).await).await {
+        match self.owe("aside", || self.retry_copy(&delivery, delay_s, headers)).await {
             Ok(()) => delivery.finish(Outcome::Requeued).await,
             Err(Stopped) => delivery.hand_back().await,
         }
@@ -130,7 +131,7 @@ impl Desk {
         let done = async {
             if hand_over.state == State::Deferred {
                 let delay_s = self.retry.schedule.queue_for_s(hand_over.wait);
-                self.owe("retry", async || self.retry_copy(&delivery, delay_s, headers).await).await?;
+                self.owe("retry", || self.retry_copy(&delivery, delay_s, headers)).await?;
                 let what = What::Deferred { reason, next_attempt_at: now + hand_over.wait };
                 self.announce(&Event::of_job(now, job, what)).await
             } else {
@@ -204,7 +205,7 @@ impl Desk {
             Ok(SettleAnswer::Recorded) => {}
             Ok(SettleAnswer::NotOwner) => {
                 tracing::warn!(job = %job.key, "another worker took this job over; its record stands");
-                telemetry::settle_without_row();
+                telemetry::settle_missed();
                 return delivery.hand_back().await;
             }
             // The server has the message: a redelivery could only send it twice. The row says `claimed` by a worker that
@@ -250,7 +251,7 @@ impl Desk {
             Settlement::Deferred { reason, wait } => {
                 let delay_s = self.retry.schedule.queue_for_s(*wait);
                 let headers = next(claimed.turn.next());
-                self.owe("retry", async || self.retry_copy(delivery, delay_s, headers).await).await?;
+                self.owe("retry", || self.retry_copy(delivery, delay_s, headers)).await?;
                 announce(What::Deferred { reason: *reason, next_attempt_at: now + *wait }).await?;
                 Ok(Outcome::Deferred)
             }
@@ -283,7 +284,7 @@ impl Desk {
     }
 
     async fn announce(&self, event: &Event) -> Result<(), Stopped> {
-        self.owe("event", async || self.publisher.event(event).await).await
+        self.owe("event", || self.publisher.event(event)).await
     }
 
     async fn bury_copy(
@@ -305,11 +306,14 @@ impl Desk {
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
         let death = DeadLetter { reason, detail, died_at: self.clock.now() };
-        self.owe("dead letter", async || self.publisher.dead_letter(letter, lane, headers, death).await).await
+        self.owe("dead letter", || self.publisher.dead_letter(letter, lane, headers, death)).await
     }
 
     /// Publishes until it is confirmed.
-    async fn owe(&self, what: &str, publish: impl AsyncFn() -> Result<(), PublishError>) -> Result<(), Stopped> {
+    async fn owe<F>(&self, what: &str, publish: impl Fn() -> F) -> Result<(), Stopped>
+    where
+        F: Future<Output = Result<(), PublishError>>,
+    {
         let mut complained = false;
         loop {
             let error = tokio::select! {

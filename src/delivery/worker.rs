@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 
-use crate::broker::jobs::Delivery;
+use crate::broker::Delivery;
 use crate::broker::wire::{self, WireLimits};
 use crate::clock::Clock;
 use crate::model::failure::Reason;
@@ -19,14 +19,14 @@ use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
 use crate::smtp::compose;
-use crate::smtp::pool::Pool;
+use crate::smtp::Pool;
 use crate::store::StoreError;
-use crate::store::incarnation::{Incarnations, Liveness};
-use crate::store::ledger::Ledger;
-use crate::store::smtp_configs::ConfigCache;
+use crate::store::{Incarnations, Liveness};
+use crate::store::Ledger;
+use crate::store::config_cache::ConfigCache;
 use crate::telemetry;
 
-use super::attempt::{self, Progress, Report, Shut};
+use super::attempt::{self, Gatekeeper, Progress, Report, Shut};
 use super::database::DatabaseWatch;
 use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
 use super::in_hand::{InHand, ServedLane};
@@ -287,7 +287,7 @@ impl Worker {
         let report = self.attempt(&job, &claimed, &route, &message, recipients).await;
         drop(message);
         permit.finish(report.outcome());
-        telemetry::attempt(route.destination.transport(), report.reason());
+        telemetry::attempt(route.destination.transport(), report.result(), report.reason());
         self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
     }
 
@@ -301,8 +301,8 @@ impl Worker {
         recipients: Vec<u16>,
     ) -> Report {
         let progress = Progress::default();
-        let gate = async || self.gate(job, claimed).await;
-        let sending = attempt::send(&self.pool, route, job, message, recipients.clone(), &progress, gate);
+        let gate = Gatekeeping { worker: self, job, claimed };
+        let sending = attempt::send(&self.pool, route, job, message, recipients.clone(), &progress, &gate);
         let (reason, detail) = tokio::select! {
             report = AssertUnwindSafe(sending).catch_unwind() => match report {
                 Ok(report) => return report,
@@ -319,13 +319,22 @@ impl Worker {
         }
         report
     }
+}
 
-    /// The last look before DATA.
-    async fn gate(&self, job: &Job, claimed: &Claimed) -> Result<(), Shut> {
-        if self.incarnations.current() != Some(claimed.owner) {
+/// The last look before DATA, for one claim.
+struct Gatekeeping<'a> {
+    worker: &'a Worker,
+    job: &'a Job,
+    claimed: &'a Claimed,
+}
+
+impl Gatekeeper for Gatekeeping<'_> {
+    async fn pass(&self) -> Result<(), Shut> {
+        let Self { worker, job, claimed } = self;
+        if worker.incarnations.current() != Some(claimed.owner) {
             return Err(Shut::Halted);
         }
-        if job.is_expired(self.clock.now()) {
+        if job.is_expired(worker.clock.now()) {
             return Err(Shut::Expired);
         }
         let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
@@ -339,13 +348,12 @@ impl Worker {
             commit,
             revision: job.group.clone(),
         };
-        match self.ledger.before_data(gate).await {
-            Ok(GateAnswer::Open) if self.incarnations.current() == Some(claimed.owner) => Ok(()),
-            Ok(GateAnswer::Open) => Err(Shut::Halted),
+        match worker.ledger.before_data(gate).await {
+            Ok(GateAnswer::Open) => Ok(()),
             Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
             Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
             Err(error) => {
-                self.database.lost(&error);
+                worker.database.lost(&error);
                 Err(Shut::Halted)
             }
         }

@@ -127,6 +127,11 @@ pub struct HandOver {
     pub attempts: u32,
     /// When the job was first seen.
     pub first_at: OffsetDateTime,
+    /// How long ago it was recorded. A worker that vanished is noticed only after some seconds, so "its recorder lives"
+    /// is no proof of anything while this is short.
+    pub age: Duration,
+    /// The copy that it made was claimed since: it is on its way, and nothing is left to repeat.
+    pub taken_up: bool,
 }
 
 /// A granted claim with what the ledger knows of the job.
@@ -221,6 +226,8 @@ pub struct Settle {
     pub pending: Option<Vec<u16>>,
     /// Every recipient refused for good so far.
     pub refused: Vec<RefusedRecipient>,
+    /// Whether some recipient has accepted, in this attempt or before.
+    pub partly_sent: bool,
     /// The server's last reply.
     pub reply: Option<String>,
     /// The attempt's record; none for a first attempt that succeeded, or where nothing was attempted.

@@ -1,23 +1,48 @@
 //! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
-pub mod audit;
+mod audit;
+mod batch;
+mod bindings;
 mod change;
-pub mod config_cache;
-pub mod config_changes;
+mod config_cache;
+mod config_changes;
 mod features;
-pub mod smtp_configs;
+mod incarnation;
+mod ledger;
+mod smtp_configs;
 
-pub use change::ChangeError;
-
+use std::collections::BTreeSet;
 use std::str::FromStr;
 use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
-use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+use sqlx::{ConnectOptions, Executor, PgConnection};
+
+pub use audit::AuditEntry;
+pub use bindings::LaneBinding;
+pub use change::ChangeError;
+pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
+pub use config_changes::{ConfigChange, ConfigChanges};
+pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
+pub use ledger::{Ledger, Sweep, Sweeper};
+pub use smtp_configs::{
+    LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
+    StoredAccount, Unreadable,
+};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
+
+/// The oldest PostgreSQL that this program works with.
+pub const OLDEST_SERVER: u32 = 13;
+
+/// Longest time for one statement; a host that vanished would otherwise hold its caller for hours.
+const STATEMENT_BOUND: Duration = Duration::from_secs(15);
+/// Longest wait for a connection.
+const ACQUIRE_BOUND: Duration = Duration::from_secs(5);
 
 /// A handle on the database; cheap to clone. It connects when it is first used, and again after a loss.
 #[derive(Clone)]
@@ -27,9 +52,9 @@ pub struct Store {
 }
 
 /// Why the database did not do what was asked.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
-    /// It cannot be reached now; the same call may go through later.
+    /// It cannot be reached now; the same call may go through later. What was asked may have been done all the same.
     #[error("the database is not reachable: {0}")]
     Unavailable(String),
     /// It answered with an error, or with something that should not be there.
@@ -56,13 +81,170 @@ impl Store {
     pub fn new(url: &SecretString, max_connections: u32) -> Result<Self, StoreError> {
         let options = PgConnectOptions::from_str(url.expose_secret())
             .map_err(|_| StoreError::Internal("database.url is not a PostgreSQL URL".into()))?
-            .application_name("sendoff");
+            .application_name("sendoff")
+            // A statement can hold personal data; the driver would log slow ones.
+            .disable_statement_logging();
         let pool = PgPoolOptions::new()
             .max_connections(max_connections)
-            .acquire_timeout(Duration::from_secs(5))
+            .acquire_timeout(ACQUIRE_BOUND)
+            // A plan made while a table was empty reads it from end to end, and would be kept while the table grows.
+            .after_connect(|session, _| {
+                Box::pin(async move {
+                    session.execute("SET plan_cache_mode = force_custom_plan").await?;
+                    Ok(())
+                })
+            })
             .connect_lazy_with(options.clone());
         Ok(Self { pool, options })
     }
+
+    /// Brings the schema up to date. Several programs may try at once: one does it, the others wait for it.
+    ///
+    /// # Errors
+    /// When the database is away or refuses, or was migrated by a newer program.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        MIGRATIONS.run(&self.pool).await.map_err(|error| match error {
+            MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => error.into(),
+            MigrateError::VersionMissing(version) => StoreError::Internal(format!(
+                "a newer program has applied migration {version}, which this one does not know"
+            )),
+            other => StoreError::Internal(other.to_string()),
+        })
+    }
+
+    /// Compares the applied migrations with this program's.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn schema_state(&self) -> Result<SchemaState, StoreError> {
+        let exists: bool = self
+            .bounded(
+                sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
+                    .fetch_one(&self.pool),
+            )
+            .await?;
+        let applied: BTreeSet<i64> = if exists {
+            self.bounded(
+                sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
+                    .fetch_all(&self.pool),
+            )
+            .await?
+            .into_iter()
+            .collect()
+        } else {
+            BTreeSet::new()
+        };
+        let known: BTreeSet<i64> = MIGRATIONS.iter().map(|migration| migration.version).collect();
+        let missing = known.difference(&applied).count();
+        Ok(if missing > 0 {
+            SchemaState::Behind(missing)
+        } else if applied.is_subset(&known) {
+            SchemaState::Current
+        } else {
+            SchemaState::Ahead
+        })
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        self.bounded(sqlx::query("SELECT 1").execute(&self.pool)).await.map(drop)
+    }
+
+    /// The server's major version, to be compared with [`OLDEST_SERVER`].
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn server_version(&self) -> Result<u32, StoreError> {
+        let number: i32 = self
+            .bounded(
+                sqlx::query_scalar("SELECT current_setting('server_version_num')::int").fetch_one(&self.pool),
+            )
+            .await?;
+        Ok(number.unsigned_abs() / 10_000)
+    }
+
+    /// Whether a pooler stands before the database that gives each transaction another session: an incarnation's lock
+    /// would then outlive its worker.
+    ///
+    /// # Errors
+    /// When the database did not answer at all.
+    pub async fn behind_transaction_pooler(&self) -> Result<bool, StoreError> {
+        let mut session = self.direct_session("sendoff check").await?;
+        let before = backend(&mut session).await?;
+        // Poolers hand out the session that was used last: a transaction on another connection takes it away.
+        let mut other = self.direct_session("sendoff check").await?;
+        tokio::time::timeout(ACQUIRE_BOUND, other.execute(sqlx::raw_sql("BEGIN")))
+            .await
+            .map_err(silence)??;
+        let after = tokio::time::timeout(ACQUIRE_BOUND, backend(&mut session)).await;
+        // A pooler with a single session has none left to answer with.
+        Ok(!matches!(after, Ok(Ok(after)) if after == before))
+    }
+
+    /// A session of its own, outside the pool, that either end notices to be dead within 15 seconds.
+    async fn direct_session(&self, name: &str) -> Result<PgConnection, StoreError> {
+        let connecting = async {
+            let mut session = self.options.clone().application_name(name).connect().await?;
+            // As statements, for poolers refuse options at the start of a session.
+            session
+                .execute(sqlx::raw_sql(
+                    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 3; SET tcp_keepalives_count = 3",
+                ))
+                .await?;
+            Ok(session)
+        };
+        self.bounded(connecting).await
+    }
+
+    /// A connection of the pool for [`Session::run`].
+    async fn session(&self) -> Result<Session, StoreError> {
+        Ok(Session(self.pool.acquire().await?))
+    }
+
+    /// Runs a statement within [`STATEMENT_BOUND`].
+    async fn bounded<T>(
+        &self,
+        statement: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, StoreError> {
+        Ok(tokio::time::timeout(STATEMENT_BOUND, statement).await.map_err(silence)??)
+    }
+}
+
+/// A pooled connection that is thrown away when it did not answer in time.
+struct Session(PoolConnection<Postgres>);
+
+impl Session {
+    fn connection(&mut self) -> &mut PgConnection {
+        &mut self.0
+    }
+
+    /// Ends the use of the connection with what a statement on it came to.
+    fn end<T>(
+        mut self,
+        result: Result<Result<T, sqlx::Error>, tokio::time::error::Elapsed>,
+    ) -> Result<T, StoreError> {
+        result
+            .map_err(|elapsed| {
+                self.0.close_on_drop();
+                silence(elapsed)
+            })?
+            .map_err(StoreError::from)
+    }
+}
+
+fn silence(_: tokio::time::error::Elapsed) -> StoreError {
+    StoreError::Unavailable("no answer in time".into())
+}
+
+/// The server process behind a session.
+async fn backend(session: &mut PgConnection) -> Result<i32, StoreError> {
+    use sqlx::Row;
+    // Without a prepared statement, which would not outlive a change of process.
+    let row = session.fetch_one(sqlx::raw_sql("SELECT pg_backend_pid()")).await?;
+    Ok(row.try_get(0)?)
 }
 
 impl From<sqlx::Error> for StoreError {
@@ -75,11 +257,14 @@ impl From<sqlx::Error> for StoreError {
                 | sqlx::Error::WorkerCrashed
                 | sqlx::Error::Tls(_)
         );
-        // Class 57 is an operator's intervention (57P01 admin shutdown, 57P03 starting up), class 08 a connection's.
-        let away = error
-            .as_database_error()
-            .and_then(|e| e.code())
-            .is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code.starts_with("53"));
+        let away = error.as_database_error().and_then(|e| e.code()).is_some_and(|code| is_away(&code));
         if lost || away { Self::Unavailable(error.to_string()) } else { Self::Internal(error.to_string()) }
     }
+}
+
+/// Whether a SQLSTATE (PostgreSQL's documentation, appendix A) tells of the server's condition, not of the statement.
+fn is_away(code: &str) -> bool {
+    // 08 connection, 53 resources (53300 too many connections), 57 an operator (57P01 shutdown, 57P03 starting up, 57014
+    // cancelled), 58 the system under it; 25006 is a standby that is not yet, or no longer, the primary.
+    ["08", "53", "57", "58"].iter().any(|class| code.starts_with(class)) || code == "25006"
 }

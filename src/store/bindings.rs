@@ -1,0 +1,66 @@
+//! Which bindings the topology was last declared with, so that one taken out of the settings can be unbound.
+//! Guarantee: what is read is one whole declaration, never a mixture of two.
+
+use super::{Store, StoreError};
+
+/// One routing key pattern of one lane.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LaneBinding {
+    /// The lane's name.
+    pub lane: String,
+    /// The pattern, as a topic exchange takes it.
+    pub binding: String,
+}
+
+impl Store {
+    /// What the topology under this prefix was last declared with, sorted.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn lane_bindings(&self, prefix: &str) -> Result<Vec<LaneBinding>, StoreError> {
+        let rows: Vec<(String, String)> = self
+            .bounded(
+                sqlx::query_as(
+                    "SELECT lane, binding FROM lane_bindings WHERE prefix = $1 ORDER BY lane, binding",
+                )
+                .bind(prefix)
+                .fetch_all(&self.pool),
+            )
+            .await?;
+        Ok(rows.into_iter().map(|(lane, binding)| LaneBinding { lane, binding }).collect())
+    }
+
+    /// Remembers what the topology under this prefix is declared with now.
+    ///
+    /// # Errors
+    /// When the database did not answer; then nothing has changed.
+    pub async fn replace_lane_bindings(
+        &self,
+        prefix: &str,
+        bindings: &[LaneBinding],
+    ) -> Result<(), StoreError> {
+        let lanes: Vec<&str> = bindings.iter().map(|binding| binding.lane.as_str()).collect();
+        let patterns: Vec<&str> = bindings.iter().map(|binding| binding.binding.as_str()).collect();
+        let replacing = async {
+            let mut transaction = self.pool.begin().await?;
+            // Two declarations at once would each delete what they saw and keep the other's rows.
+            sqlx::query("LOCK TABLE lane_bindings IN EXCLUSIVE MODE").execute(&mut *transaction).await?;
+            sqlx::query("DELETE FROM lane_bindings WHERE prefix = $1")
+                .bind(prefix)
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::query(
+                "INSERT INTO lane_bindings (prefix, lane, binding) \
+                 SELECT $1, lane, binding FROM unnest($2::text[], $3::text[]) AS b (lane, binding) \
+                 ON CONFLICT DO NOTHING",
+            )
+            .bind(prefix)
+            .bind(lanes)
+            .bind(patterns)
+            .execute(&mut *transaction)
+            .await?;
+            transaction.commit().await
+        };
+        self.bounded(replacing).await
+    }
+}

@@ -1,1 +1,6 @@
+//! Integration tests against real services.
 
+mod configs;
+mod support {
+    pub mod dns;
+}

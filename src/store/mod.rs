@@ -268,3 +268,30 @@ fn is_away(code: &str) -> bool {
     // cancelled), 58 the system under it; 25006 is a standby that is not yet, or no longer, the primary.
     ["08", "53", "57", "58"].iter().any(|class| code.starts_with(class)) || code == "25006"
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_servers_condition_is_told_from_a_refused_statement() {
+        for away in ["57P01", "57P02", "57P03", "57014", "08006", "53300", "53100", "58030", "25006"] {
+            assert!(is_away(away), "{away}");
+        }
+        for refused in ["23505", "23514", "22021", "40P01", "40001", "42P01", "28P01", "3D000"] {
+            assert!(!is_away(refused), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_loss_of_the_connection_is_unavailable_and_a_wrong_url_keeps_its_password() {
+        let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        for error in [sqlx::Error::Io(reset), sqlx::Error::PoolTimedOut, sqlx::Error::WorkerCrashed] {
+            assert!(matches!(StoreError::from(error), StoreError::Unavailable(_)));
+        }
+        assert!(matches!(StoreError::from(sqlx::Error::RowNotFound), StoreError::Internal(_)));
+        let error =
+            Store::new(&"mysql//root:hunter2@h".to_owned().into(), 1).err().expect("no URL of PostgreSQL");
+        assert!(!error.to_string().contains("hunter2"));
+    }
+}

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use sendoff::clock::Clock;
 use sendoff::control::{CommandMeta, Control, ControlRules};
 use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use time::macros::datetime;
 
+use crate::support::database::TestDatabase;
 use crate::support::dns::{Answer, DnsServer};
 
 /// Looked up only, never dialled.
@@ -34,6 +35,7 @@ struct World {
     configs: SmtpConfigs,
     dns: DnsServer,
     control: Control,
+    _database: TestDatabase,
 }
 
 fn key(id: &str) -> SecretString {
@@ -44,32 +46,22 @@ fn ring(keys: &[SecretString]) -> Arc<KeyRing> {
     Arc::new(KeyRing::parse(keys).unwrap())
 }
 
-async fn new_database() -> String {
-    let url = std::env::var("DATABASE_URL").expect("DATABASE_URL names a PostgreSQL server");
-    let name = format!("sendoff_configs_{}", Clock::system().new_id().simple());
-    let admin = PgPool::connect(&url).await.unwrap();
-    sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&admin).await.unwrap();
-    admin.close().await;
-    let (server, _) = url.rsplit_once('/').expect("the URL names a database");
-    format!("{server}/{name}")
-}
-
 impl World {
     async fn new() -> Self {
         Self::with_rules(ControlRules::default()).await
     }
 
     async fn with_rules(rules: ControlRules) -> Self {
-        let url = new_database().await;
-        let store = Store::new(&url.as_str().into(), 8).unwrap();
-        store.migrate().await.unwrap();
+        let database = TestDatabase::migrated().await;
+        let store = Store::new(&database.url(), 8).unwrap();
         let keys = ring(&[key("k1")]);
         let configs = SmtpConfigs::new(store.clone(), keys.clone());
         let dns = DnsServer::start().await;
         dns.script("mail.example.org", Answer::addresses(&[PUBLIC]), 60);
         dns.script("other.example.org", Answer::addresses(&[PUBLIC]), 60);
         let control = control(&store, &configs, &dns, rules);
-        Self { store, pool: PgPool::connect(&url).await.unwrap(), keys, configs, dns, control }
+        let pool = PgPool::connect(database.url().expose_secret()).await.unwrap();
+        Self { store, pool, keys, configs, dns, control, _database: database }
     }
 
     /// With the flag of the organization on.
@@ -582,7 +574,8 @@ async fn every_command_leaves_a_row_that_names_who_what_and_the_outcome() {
     ] {
         world.send(&command(name, params)).await;
     }
-    let rows: Vec<(Option<String>, String, String, String, Vec<String>)> =
+    type Row = (Option<String>, String, String, String, Vec<String>);
+    let rows: Vec<Row> =
         sqlx::query_as("SELECT actor, organization_id, command, outcome, fields FROM audit ORDER BY id")
             .fetch_all(&world.pool)
             .await

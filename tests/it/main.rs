@@ -1,6 +1,4 @@
-//! Integration tests against real services.
-
+//! Black-box tests against real services, in one binary.
 mod configs;
-mod support {
-    pub mod dns;
-}
+mod ledger;
+mod support;

@@ -1,10 +1,15 @@
 //! Who asked for what, and what came of it: one row for each control command.
 //! Guarantee: an entry has no room for a value that a command carried; it names fields only.
 
+use std::time::Duration;
+
 use sqlx::PgConnection;
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, silence};
 use crate::model::organization::OrganizationId;
+
+/// An entry of its own; nobody's change depends on it.
+const INSERT_LIMIT: Duration = Duration::from_millis(500);
 
 /// One row of the audit log.
 #[derive(Debug, Clone, Copy)]
@@ -29,8 +34,9 @@ impl Store {
     /// # Errors
     /// When the database does not take it.
     pub async fn record_audit(&self, entry: AuditEntry<'_>) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
-        Ok(insert(&mut connection, entry).await?)
+        let mut session = tokio::time::timeout(INSERT_LIMIT, self.session()).await.map_err(silence)??;
+        let inserted = tokio::time::timeout(INSERT_LIMIT, insert(session.connection(), entry)).await;
+        session.end(inserted)
     }
 }
 

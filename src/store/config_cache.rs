@@ -12,7 +12,7 @@ use super::smtp_configs::{RouteFacts, SmtpConfigs};
 use crate::model::organization::OrganizationId;
 
 /// Organizations held by default; the one loaded first goes first.
-pub const DEFAULT_CAPACITY: usize = 20_000;
+pub const CONFIG_CACHE_CAPACITY: usize = 20_000;
 
 /// The cache. Organizations without configuration are held too. Cheap to clone; all clones are one cache.
 #[derive(Clone)]

@@ -1,16 +1,16 @@
 //! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
-pub mod audit;
+mod audit;
 mod batch;
 mod bindings;
 mod change;
-pub mod config_cache;
-pub mod config_changes;
+mod config_cache;
+mod config_changes;
 mod features;
 mod incarnation;
 mod ledger;
-pub mod smtp_configs;
+mod smtp_configs;
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -22,10 +22,17 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
 use sqlx::{ConnectOptions, Executor, PgConnection};
 
+pub use audit::AuditEntry;
 pub use bindings::LaneBinding;
 pub use change::ChangeError;
+pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
+pub use config_changes::{ConfigChange, ConfigChanges};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
+pub use smtp_configs::{
+    LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
+    StoredAccount, Unreadable,
+};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 

@@ -1,2 +1,3 @@
 //! What the tests are run against.
 pub mod database;
+pub mod dns;

@@ -51,12 +51,11 @@ service_launch() {
   # For services_down, whatever happens to this process.
   printf '%s\n' "$dir" >"$SERVICES_STARTED/$kind-$(cksum <<<"$dir" | cut -d' ' -f1)"
   (
-    trap : INT TERM HUP # nothing is started that is not noted
     flock 9
     "${kind}_running" "$dir" >/dev/null && exit 0
     [[ -e $dir/data ]] || service_make_data "$kind" "$dir"
     "${kind}_launch" "$dir"
-  ) 9>"$dir/lock" || die "$kind did not start; see $dir/output and $dir/data"
+  ) 8>&- 9>"$dir/lock" || die "$kind did not start; see $dir/output and $dir/data"
 }
 
 service_await() {
@@ -111,22 +110,24 @@ as_account() {
   (cd / && exec "${AS[@]}" "${@:2}")
 }
 
-# detach KIND PIDFILE COMMAND...: in a session of its own (a Ctrl-C is not for it), without our locks, remembered by its id.
+# detach KIND PIDFILE COMMAND...: in a session of its own (a Ctrl-C is not for it), without our locks. It notes its id itself
+# before it lets go of the service's lock: who holds the lock knows of every process.
 detach() {
   local pidfile=$2
   prefix_for "$1"
   (
+    # No $(...) here: to such a one a Ctrl-C is not ignored.
+    { printf '%s ' "$BASHPID" && start_time "$BASHPID"; } >"$pidfile"
     cd /
-    exec setsid "${AS[@]}" "${@:3}" </dev/null >>"${pidfile%/*}/output" 2>&1 8>&- 9>&-
+    exec setsid "${AS[@]}" "${@:3}" </dev/null >>"${pidfile%/*}/output" 2>&1 9>&-
   ) &
-  echo "$! $(start_time $!)" >"$pidfile"
 }
 
 # A process's start time in clock ticks since boot: with the id it names one process, whatever ids are used again.
 # Fails for one that has ended, waited for or not. Behind the name in parentheses come state (3rd field) to start (22nd).
 start_time() {
   local stat fields
-  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
   read -ra fields <<<"${stat##*) }"
   [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
 }
@@ -166,7 +167,7 @@ end() {
 descendants() {
   local stat fields pid
   for stat in /proc/[0-9]*/stat; do
-    { stat=$(<"$stat"); } 2>/dev/null || continue
+    { read -r stat <"$stat"; } 2>/dev/null || continue
     read -ra fields <<<"${stat##*) }"
     [[ ${fields[1]} == "$1" ]] || continue
     pid=${stat%% *}
@@ -216,6 +217,7 @@ rabbitmq_environment() {
 
 rabbitmq_launch() {
   local dir=$1 tries=0
+  rabbitmq_kill "$dir" # of a broker that ended by itself, epmd is left
   while :; do
     [[ -s $dir/port ]] || free_ports >"$dir/port"
     [[ -s $dir/url ]] || rabbitmq_configure "$dir"
@@ -296,8 +298,9 @@ postgres_launch() {
     # The fourth of the four, so that no broker's triple is taken.
     [[ -s $dir/port ]] || echo $(($(free_ports) + 3)) >"$dir/port"
     [[ -s $dir/url ]] || postgres_initialise "$dir" || return 1
-    as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$(cluster "$dir")" \
-      -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 8>&- 9>&- && return
+    # Not interrupted, or it could leave a server that has not noted its id yet.
+    (trap '' INT TERM HUP && as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$(cluster "$dir")" \
+      -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 9>&-) && return
     [[ -n $fresh ]] && connects "$(cat "$dir/port")" && ((++tries < 5)) || return 1
     rm -f -- "$dir/port" "$dir/url" # another took the port between our look and the start
   done

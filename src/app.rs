@@ -8,6 +8,7 @@ use anyhow::Context;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::broker::Broker;
+use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
 use crate::delivery::database::{DatabaseState, DatabaseWatch};
@@ -17,22 +18,18 @@ use crate::delivery::lanes;
 use crate::delivery::settle::Desk;
 use crate::delivery::worker::{KeysMissing, Limits, Worker};
 use crate::http::{self, Part, Readiness};
-use crate::broker::wire::WireLimits;
 use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::settings::{CustomSmtp, Settings};
 use crate::shutdown::Shutdown;
-use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
-use crate::smtp::{Pool, PoolLimits};
 use crate::smtp::Deadlines;
 use crate::smtp::TlsRoots;
-use crate::store::{DEAD_AFTER, Incarnations};
-use crate::store::{Ledger, Sweeper};
-use crate::store::config_cache::ConfigCache;
-use crate::store::config_changes::ConfigChanges;
-use crate::store::smtp_configs::SmtpConfigs;
-use crate::store::{SchemaState, Store};
+use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
+use crate::smtp::{Pool, PoolLimits};
+use crate::store::{
+    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, Ledger, SchemaState, SmtpConfigs, Store, Sweeper,
+};
 use crate::telemetry::{self, ConnectionState, Metrics};
 
 /// Connections to PostgreSQL, beside the one that holds the worker's lock and the one that listens.
@@ -111,7 +108,9 @@ async fn look_at_schema(store: &Store, migrate: bool) -> Result<Option<String>, 
         SchemaState::Behind(missing) => {
             Some(format!("{missing} migrations are missing: run `sendoff migrate`"))
         }
-        SchemaState::Ahead => Some("the schema is of a newer version of sendoff: upgrade this worker".to_owned()),
+        SchemaState::Ahead => {
+            Some("the schema is of a newer version of sendoff: upgrade this worker".to_owned())
+        }
     })
 }
 
@@ -129,7 +128,12 @@ struct Running {
 }
 
 impl Running {
-    fn build(settings: &Settings, store: Store, readiness: &Readiness, shutdown: &Shutdown) -> anyhow::Result<Self> {
+    fn build(
+        settings: &Settings,
+        store: Store,
+        readiness: &Readiness,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<Self> {
         let egress = parts::egress(settings)?;
         let roots = TlsRoots::load(&settings.smtp.extra_ca_files)?;
         for warning in roots.warnings() {
@@ -180,13 +184,22 @@ impl Running {
         let mut beside = JoinSet::new();
         beside.spawn(database.clone().run(self.store.clone(), self.shutdown.clone()));
         beside.spawn(follow_configs(cache.clone(), self.store.clone(), self.shutdown.clone()));
-        beside.spawn(show_state(self.readiness.clone(), database.clone(), broker.state(), self.shutdown.clone()));
+        beside.spawn(show_state(
+            self.readiness.clone(),
+            database.clone(),
+            broker.state(),
+            self.shutdown.clone(),
+        ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
         beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
-        let pausing =
-            tokio::spawn(lanes::pause_without_database(broker.clone(), database.clone(), self.shutdown.clone()));
+        let pausing = tokio::spawn(lanes::pause_without_database(
+            broker.clone(),
+            database.clone(),
+            self.shutdown.clone(),
+        ));
 
-        let worker = Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
+        let worker =
+            Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         self.serve_commands(settings, &broker);
         let lanes = serve_lanes(settings, &worker, &broker)?;
 
@@ -217,7 +230,8 @@ impl Running {
         database: DatabaseWatch,
         broker: &Broker,
     ) -> Worker {
-        let retry = RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
+        let retry =
+            RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
         let readiness = self.readiness.clone();
         Worker {
             desk: Desk {
@@ -236,7 +250,10 @@ impl Running {
             pool: self.pool.clone(),
             database,
             keys_missing: KeysMissing(Box::new(move |id| {
-                readiness.down(Part::Keys, format!("a configuration is sealed under the key `{id}`, which encryption.keys lacks"));
+                readiness.down(
+                    Part::Keys,
+                    format!("a configuration is sealed under the key `{id}`, which encryption.keys lacks"),
+                );
             })),
             platform: settings.platform.as_ref().map(|platform| Arc::new(platform.account.clone())),
             limits: Limits {
@@ -258,7 +275,13 @@ impl Running {
             custom_smtp_for_all: settings.delivery.custom_smtp == CustomSmtp::All,
             allowed_users: settings.control.allowed_users.clone(),
         };
-        let control = Control::new(self.store.clone(), self.configs.clone(), self.egress.clone(), self.clock.clone(), rules);
+        let control = Control::new(
+            self.store.clone(),
+            self.configs.clone(),
+            self.egress.clone(),
+            self.clock.clone(),
+            rules,
+        );
         let publisher = broker.publisher();
         broker.serve_commands(move |body, meta| {
             let (control, publisher) = (control.clone(), publisher.clone());
@@ -278,7 +301,11 @@ impl Running {
 }
 
 /// Starts a task for each lane.
-fn serve_lanes(settings: &Settings, worker: &Arc<Worker>, broker: &Broker) -> anyhow::Result<Vec<JoinHandle<()>>> {
+fn serve_lanes(
+    settings: &Settings,
+    worker: &Arc<Worker>,
+    broker: &Broker,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
     let serve = |name: &str| {
         let deliveries = broker.lane(name).context("a lane of the settings is one of the broker's")?;
         Ok(tokio::spawn(lanes::serve(worker.clone(), ServedLane::new(name), deliveries)))
@@ -367,7 +394,9 @@ async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) 
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
         match sweeper.sweep(retention).await {
-            Ok(sweep) if sweep.forgotten > 0 => tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention"),
+            Ok(sweep) if sweep.forgotten > 0 => {
+                tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
+            }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "the ledger could not be looked through now"),
         }

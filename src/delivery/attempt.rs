@@ -11,9 +11,9 @@ use crate::model::job::Job;
 use crate::model::ledger::{AttemptRecord, Claimed};
 use crate::model::policy::{self, Feedback, Verdict};
 use crate::model::smtp_settings::Destination;
-use crate::smtp::compose::needs_smtputf8;
-use crate::smtp::Pool;
 use crate::smtp::Envelope;
+use crate::smtp::Pool;
+use crate::smtp::compose::needs_smtputf8;
 
 use crate::telemetry::AttemptResult;
 
@@ -64,7 +64,9 @@ impl Report {
         match self.verdict {
             _ if self.shut.is_some() => Outcome::Nothing,
             None | Some(Verdict::Dead(_)) => Outcome::Worked,
-            Some(Verdict::Retry { feedback: Feedback::Neutral, .. }) if !self.accepted.is_empty() => Outcome::Worked,
+            Some(Verdict::Retry { feedback: Feedback::Neutral, .. }) if !self.accepted.is_empty() => {
+                Outcome::Worked
+            }
             Some(Verdict::Retry { feedback, .. }) => Outcome::Failed(feedback),
             Some(Verdict::Account(_) | Verdict::Fresh) => Outcome::Nothing,
             Some(Verdict::Unknown) => Outcome::Failed(Feedback::Narrow),
@@ -74,7 +76,9 @@ impl Report {
     /// The reason to store with the attempt.
     pub fn reason(&self) -> Option<Reason> {
         match self.verdict {
-            Some(Verdict::Account(reason) | Verdict::Dead(reason) | Verdict::Retry { reason, .. }) => Some(reason),
+            Some(Verdict::Account(reason) | Verdict::Dead(reason) | Verdict::Retry { reason, .. }) => {
+                Some(reason)
+            }
             Some(Verdict::Fresh) => Some(Reason::ConnectionLost),
             Some(Verdict::Unknown) => Some(Reason::UnknownOutcome),
             None if !self.refused.is_empty() => Some(Reason::RecipientsRefused),
@@ -207,15 +211,16 @@ pub async fn send(
         let transaction = session
             .send(&envelope, message, async {
                 match gate.pass().await {
-                Ok(()) => {
-                    progress.commit();
-                    true
+                    Ok(()) => {
+                        progress.commit();
+                        true
+                    }
+                    Err(why) => {
+                        shut = Some(why);
+                        false
+                    }
                 }
-                Err(why) => {
-                    shut = Some(why);
-                    false
-                }
-            }})
+            })
             .await;
         let mut assessment = policy::assess(&transaction, &todo);
         if assessment.verdict == Some(Verdict::Fresh) && !fresh {
@@ -238,7 +243,8 @@ pub async fn send(
 
 fn envelope(route: &Route, job: &Job, todo: &[u16]) -> Envelope {
     let all: Vec<_> = job.recipients().collect();
-    let recipients = todo.iter().filter_map(|index| Some((*index, (*all.get(usize::from(*index))?).clone()))).collect();
+    let recipients =
+        todo.iter().filter_map(|index| Some((*index, (*all.get(usize::from(*index))?).clone()))).collect();
     Envelope {
         from: route.account.envelope_from().clone(),
         recipients,

@@ -64,7 +64,9 @@ impl DatabaseWatch {
         telemetry::database_up(up);
         match new {
             DatabaseState::Up => tracing::info!("the database answers; lanes go on"),
-            DatabaseState::Away(why) => tracing::warn!(%why, "the database is away; lanes pause until it is back"),
+            DatabaseState::Away(why) => {
+                tracing::warn!(%why, "the database is away; lanes pause until it is back")
+            }
         }
     }
 

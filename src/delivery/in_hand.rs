@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use crate::broker::{JobHeaders, Received};
 use crate::broker::{Delivery, Settled};
+use crate::broker::{JobHeaders, Received};
 use crate::telemetry::{self, LaneMetrics, Outcome};
 
 /// A lane as the worker serves it.

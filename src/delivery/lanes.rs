@@ -8,8 +8,8 @@ use tokio::task::JoinSet;
 use super::database::{DatabaseState, DatabaseWatch};
 use super::in_hand::ServedLane;
 use super::worker::Worker;
-use crate::broker::Deliveries;
 use crate::broker::Broker;
+use crate::broker::Deliveries;
 use crate::shutdown::Shutdown;
 
 /// Serves one lane until its deliveries end, then waits for those in hand.

@@ -8,7 +8,7 @@ use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
-use crate::store::smtp_configs::{RouteFacts, StoredAccount, Unreadable};
+use crate::store::{RouteFacts, StoredAccount, Unreadable};
 
 /// Where a job goes.
 #[derive(Debug, Clone)]
@@ -93,10 +93,14 @@ mod tests {
     #[test]
     fn credentials_that_do_not_open_stop_their_organization_only_when_its_own_server_is_in_use() {
         let unreadable = || StoredAccount::Unreadable { version: 1, cause: Unreadable::Damaged("x".into()) };
-        let key_missing = || StoredAccount::Unreadable { version: 1, cause: Unreadable::UnknownKey { id: "k2".into() } };
+        let key_missing =
+            || StoredAccount::Unreadable { version: 1, cause: Unreadable::UnknownKey { id: "k2".into() } };
         let dead = Err(NoServer::Dead(Reason::ConfigUnreadable));
         assert_eq!(taken(true, unreadable(), CustomSmtp::Flagged, true), dead);
         assert_eq!(taken(false, unreadable(), CustomSmtp::Flagged, true).unwrap(), "example.com");
-        assert_eq!(taken(true, key_missing(), CustomSmtp::Flagged, true), Err(NoServer::KeyMissing("k2".into())));
+        assert_eq!(
+            taken(true, key_missing(), CustomSmtp::Flagged, true),
+            Err(NoServer::KeyMissing("k2".into()))
+        );
     }
 }

@@ -4,9 +4,9 @@
 
 use std::time::Duration;
 
-use crate::broker::{JobHeaders, Received, Scalar};
-use crate::broker::{DeadLetter, PublishError, Publisher};
 use crate::broker::wire::Refusal;
+use crate::broker::{DeadLetter, PublishError, Publisher};
+use crate::broker::{JobHeaders, Received, Scalar};
 use crate::clock::Clock;
 use crate::model::event::{Event, JobFacts, What};
 use crate::model::failure::{Reason, Reply};
@@ -154,7 +154,14 @@ impl Desk {
     }
 
     /// A claimed job that is not attempted: dead.
-    pub async fn give_up(&self, delivery: InHand<'_>, job: &Job, claimed: Claimed, reason: Reason, detail: String) {
+    pub async fn give_up(
+        &self,
+        delivery: InHand<'_>,
+        job: &Job,
+        claimed: Claimed,
+        reason: Reason,
+        detail: String,
+    ) {
         let conclusion = conclude_unattempted(job, &claimed, reason, detail);
         let settle = settle_of(&job.key, &claimed, &conclusion);
         self.conclude(delivery, job, &claimed, "", settle, conclusion).await;
@@ -272,14 +279,20 @@ impl Desk {
         conclusion: &Conclusion,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let positions: Vec<String> = conclusion.refused.iter().map(|refused| refused.index.to_string()).collect();
+        let positions: Vec<String> =
+            conclusion.refused.iter().map(|refused| refused.index.to_string()).collect();
         let mut letter = delivery.received().clone();
         letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
         let reason = conclusion.refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
         self.bury_letter(&letter, &delivery.lane().name, reason, &conclusion.detail, headers).await
     }
 
-    async fn retry_copy(&self, delivery: &InHand<'_>, delay_s: u32, headers: JobHeaders) -> Result<(), PublishError> {
+    async fn retry_copy(
+        &self,
+        delivery: &InHand<'_>,
+        delay_s: u32,
+        headers: JobHeaders,
+    ) -> Result<(), PublishError> {
         self.publisher.retry(delivery.received(), &delivery.lane().name, delay_s, headers).await
     }
 

@@ -18,20 +18,17 @@ use crate::model::policy::{self, OrphanDisposition, RetryLimits};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
-use crate::smtp::compose;
 use crate::smtp::Pool;
-use crate::store::StoreError;
-use crate::store::{Incarnations, Liveness};
-use crate::store::Ledger;
-use crate::store::config_cache::ConfigCache;
+use crate::smtp::compose;
+use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
 use super::attempt::{self, Gatekeeper, Progress, Report, Shut};
+use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
 use super::in_hand::{InHand, ServedLane};
 use super::route::{NoServer, Route, route};
-use super::conclude::recipients;
 use super::settle::Desk;
 
 /// A job whose configuration changes at every look is handed back after so many.
@@ -118,7 +115,9 @@ impl Worker {
             Err(refusal) => return self.desk.refuse(delivery, refusal).await,
         };
         match self.take_up(&delivery, &job).await {
-            Ok(TakeUp::Work(claimed, route, permit)) => self.work(delivery, job, *claimed, route, permit).await,
+            Ok(TakeUp::Work(claimed, route, permit)) => {
+                self.work(delivery, job, *claimed, route, permit).await
+            }
             Ok(TakeUp::GiveUp(claimed, reason, detail)) => {
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
             }
@@ -154,9 +153,13 @@ impl Worker {
                 return Ok(TakeUp::Aside(REFUSED_WAIT_S));
             }
             let now = self.clock.now();
-            let overdue = delivery.received().first_at.is_some_and(|first_at| first_at + self.limits.retry.max_age < now);
+            let overdue = delivery
+                .received()
+                .first_at
+                .is_some_and(|first_at| first_at + self.limits.retry.max_age < now);
             let permit = match &routed {
-                Ok(route) if !overdue && !job.is_expired(now) => match self.admit(delivery, job, route).await {
+                Ok(route) if !overdue && !job.is_expired(now) => match self.admit(delivery, job, route).await
+                {
                     Some(Admitted::Go(permit)) => Some(permit),
                     Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
                     None => return Ok(TakeUp::HandBack),
@@ -202,7 +205,12 @@ impl Worker {
     }
 
     /// Whether the configuration as of the claim is the one that the route was made from.
-    async fn is_current(&self, job: &Job, claimed: &Claimed, route: Option<&Route>) -> Result<bool, StoreError> {
+    async fn is_current(
+        &self,
+        job: &Job,
+        claimed: &Claimed,
+        route: Option<&Route>,
+    ) -> Result<bool, StoreError> {
         let Some(organization) = &job.key.organization else { return Ok(true) };
         self.configs.confirm(organization, claimed.custom_smtp, claimed.config_version).await?;
         let now = self.route(job).await?.ok();

@@ -1,6 +1,7 @@
 //! Sendoff: a background email worker. Jobs come from RabbitMQ and leave through each organization's own SMTP server.
 
 pub mod broker;
+pub mod cli;
 pub mod clock;
 pub mod control;
 pub mod egress;

@@ -22,6 +22,7 @@ use futures_util::future::BoxFuture;
 use serde_json::Value;
 
 pub use error::{Code, ControlError, Response};
+pub use job_status::view as job_status_json;
 
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};

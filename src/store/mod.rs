@@ -10,6 +10,7 @@ pub mod config_changes;
 mod features;
 mod incarnation;
 mod ledger;
+mod sealed_keys;
 pub mod smtp_configs;
 
 use std::collections::BTreeSet;
@@ -26,6 +27,7 @@ pub use bindings::LaneBinding;
 pub use change::ChangeError;
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
+pub use sealed_keys::SealedReport;
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 

@@ -1,3 +1,5 @@
 //! Black-box tests against real services, in one binary.
+
+mod cli;
 mod ledger;
 mod support;

@@ -21,6 +21,7 @@ use futures_util::FutureExt;
 use serde_json::Value;
 
 pub use error::{Code, ControlError, Response};
+pub use job_status::view as job_status_json;
 
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};

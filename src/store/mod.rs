@@ -11,6 +11,7 @@ mod features;
 mod incarnation;
 mod ledger;
 mod smtp_configs;
+mod sealed_keys;
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -33,6 +34,7 @@ pub use smtp_configs::{
     LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
     StoredAccount, Unreadable,
 };
+pub use sealed_keys::SealedReport;
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 

@@ -12,8 +12,9 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 /// What the worker logs unless `RUST_LOG` says otherwise.
 pub const WORKER_FILTER: &str = "info,lapin=warn,sqlx=warn,hickory=warn";
-/// What every other command logs unless `RUST_LOG` says otherwise: its answer is on standard output.
-pub const COMMAND_FILTER: &str = "warn";
+/// What every other command logs unless `RUST_LOG` says otherwise: its answer is on standard output, and what the broker
+/// library complains of is in the command's own error.
+pub const COMMAND_FILTER: &str = "warn,lapin=off";
 
 /// Targets that begin so carry credentials, message bodies or queries: below WARN they could log them.
 const CARRIERS: &[&str] =

@@ -703,7 +703,7 @@ async fn one_poisoned_row_does_not_fail_its_neighbours() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overlapping_unsorted_batches_of_two_workers_never_deadlock() {
-    let (_database, a, b) = two_workers().await;
+    let (database, a, b) = two_workers().await;
     let granted = Arc::new(AtomicUsize::new(0));
     for round in 0..20_u128 {
         let one = |worker: &Worker, number: u128| {
@@ -743,6 +743,13 @@ async fn overlapping_unsorted_batches_of_two_workers_never_deadlock() {
         }
     }
     assert_eq!(granted.load(Ordering::Relaxed), 20 * 100);
+    // A deadlock would have been survived, for its statement is tried again in halves. Sessions count it when they end.
+    database.terminate("sendoff").await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity \
+                    WHERE datname = current_database() AND application_name = 'sendoff'";
+    eventually("the sessions end", || async { database.number(sessions).await == 0 }).await;
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    assert_eq!(database.number(deadlocks).await, 0);
 }
 
 // Forgetting

@@ -12,6 +12,9 @@ use crate::secrets::KeyRing;
 use crate::settings::{self, Settings};
 use crate::store::Store;
 
+/// Connections to the database of a command, which asks one thing after the other.
+pub const COMMAND_CONNECTIONS: u32 = 2;
+
 /// The database, with so many connections at most.
 ///
 /// # Errors
@@ -28,7 +31,8 @@ pub fn access(settings: &Settings) -> anyhow::Result<Access> {
     let url = AmqpUrl::parse(settings.amqp.url.expose_secret()).context("amqp.url")?;
     let mut access = Access::new(url);
     for file in &settings.smtp.extra_ca_files {
-        let pem = std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
+        let pem =
+            std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
         access = access.trust(&pem).with_context(|| file.display().to_string())?;
     }
     Ok(access)

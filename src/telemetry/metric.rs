@@ -24,6 +24,8 @@ const CONTROL_COMMANDS: &str = "sendoff_control_commands_total";
 const LEDGER_BATCH: &str = "sendoff_ledger_batch_size";
 const BROKER_CONNECTED: &str = "sendoff_broker_connected";
 const DATABASE_UP: &str = "sendoff_database_up";
+const SETTLES_MISSED: &str = "sendoff_settles_missed_total";
+const DELIVERIES_DROPPED: &str = "sendoff_deliveries_dropped_total";
 const BUILD_INFO: &str = "sendoff_build_info";
 
 /// From published to sent, in seconds: a retry schedule reaches into hours.

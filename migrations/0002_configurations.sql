@@ -15,7 +15,7 @@ CREATE TABLE smtp_configs (
     host text NOT NULL,
     port integer NOT NULL CHECK (port BETWEEN 1 AND 65535),
     secure boolean NOT NULL,
-    -- AES-256-GCM, bound to this organization and this column (docs/decisions/0005-sealing.md).
+    -- AES-256-GCM, bound to this organization and this column (src/secrets/sealed.rs).
     username_sealed bytea NOT NULL,
     password_sealed bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),

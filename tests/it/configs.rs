@@ -12,7 +12,8 @@ use sendoff::model::organization::OrganizationId;
 use sendoff::model::smtp_settings::{SmtpAccount, TlsMode};
 use sendoff::secrets::KeyRing;
 use sendoff::store::{
-    ConfigCache, ConfigChange, ConfigChanges, RouteFacts, SmtpConfigs, Store, StoredAccount, Unreadable,
+    ConfigCache, ConfigChange, ConfigChanges, RouteFacts, SmtpConfigs, Store, StoreError, StoredAccount,
+    Unreadable,
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -35,7 +36,7 @@ struct World {
     configs: SmtpConfigs,
     dns: DnsServer,
     control: Control,
-    _database: TestDatabase,
+    database: TestDatabase,
 }
 
 fn key(id: &str) -> SecretString {
@@ -61,7 +62,7 @@ impl World {
         dns.script("other.example.org", Answer::addresses(&[PUBLIC]), 60);
         let control = control(&store, &configs, &dns, rules);
         let pool = PgPool::connect(database.url().expose_secret()).await.unwrap();
-        Self { store, pool, keys, configs, dns, control, _database: database }
+        Self { store, pool, keys, configs, dns, control, database }
     }
 
     /// With the flag of the organization on.
@@ -677,12 +678,7 @@ async fn a_lost_listener_comes_back_with_a_reset() {
     let world = World::new().await;
     let mut changes = ConfigChanges::new(world.store.clone());
     assert_eq!(next(&mut changes).await, ConfigChange::Reset);
-    world
-        .sql(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-              WHERE datname = current_database() AND query LIKE 'LISTEN%'",
-        )
-        .await;
+    assert_eq!(world.database.terminate("sendoff listener").await, 1);
     assert_eq!(next(&mut changes).await, ConfigChange::Reset);
     world.enable("acme").await;
     assert_eq!(next(&mut changes).await, ConfigChange::Of(id("acme")));
@@ -759,6 +755,16 @@ async fn many_who_ask_for_one_organization_load_it_once() {
     let facts = futures_util::future::join_all(waiting).await;
     let first = facts[0].as_ref().unwrap();
     assert!(facts.iter().all(|facts| Arc::ptr_eq(facts.as_ref().unwrap(), first)));
+}
+
+#[tokio::test]
+async fn with_the_database_away_all_who_wait_for_the_cache_fail_together() {
+    let away = Store::new(&"postgres://nobody@127.0.0.1:1/none".into(), 2).unwrap();
+    let cache = ConfigCache::new(SmtpConfigs::new(away, ring(&[key("k")])), 10);
+    let acme = id("acme");
+    let all = futures_util::future::join_all((0..50).map(|_| cache.get(&acme)));
+    let answers = tokio::time::timeout(Duration::from_secs(20), all).await.expect("not one after the other");
+    assert!(answers.iter().all(|answer| matches!(answer, Err(StoreError::Unavailable(_)))));
 }
 
 #[tokio::test]

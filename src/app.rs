@@ -320,6 +320,7 @@ fn longest_line(settings: &Settings) -> usize {
 }
 
 fn dropped(lane: &str) {
+    telemetry::delivery_dropped();
     tracing::error!(lane, "a delivery was dropped unsettled; it goes back to its queue");
 }
 

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 
-use crate::parts;
 use super::exit::Done;
 use super::output;
 use crate::broker::{self, Standing};
 use crate::egress::{AllowedPorts, Egress, EgressError, EgressPolicy, ServerHost};
+use crate::parts;
 use crate::secrets::KeyRing;
 use crate::settings::{Settings, SettingsError};
 use crate::store::{OLDEST_SERVER, SchemaState, Store, StoreError};

@@ -4,9 +4,9 @@
 use anyhow::{Context, bail};
 use clap::Args;
 
-use crate::parts;
 use super::exit::Done;
 use super::output;
+use crate::parts;
 use crate::settings::Settings;
 use crate::store::SchemaState;
 

@@ -4,10 +4,10 @@
 use anyhow::Context;
 use clap::{Args, Subcommand};
 
-use crate::parts;
 use super::exit::Done;
 use super::output;
 use crate::broker::{Argument, Destination, Kind, Topology, Value};
+use crate::parts;
 use crate::settings::Settings;
 use crate::store::{LaneBinding, SchemaState};
 

@@ -10,8 +10,8 @@ mod config_changes;
 mod features;
 mod incarnation;
 mod ledger;
-mod smtp_configs;
 mod sealed_keys;
+mod smtp_configs;
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -29,11 +29,11 @@ pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
+pub use sealed_keys::SealedReport;
 pub use smtp_configs::{
     LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
     StoredAccount, Unreadable,
 };
-pub use sealed_keys::SealedReport;
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -205,8 +205,17 @@ impl Store {
         &self,
         statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let mut session = self.pool.acquire().await?;
-        match tokio::time::timeout(STATEMENT_BOUND, statements(&mut session)).await {
+        self.on_session_within(STATEMENT_BOUND, statements).await
+    }
+
+    /// The same within another limit, the wait for a connection included.
+    async fn on_session_within<T>(
+        &self,
+        limit: Duration,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        let mut session = tokio::time::timeout(limit, self.pool.acquire()).await.map_err(silence)??;
+        match tokio::time::timeout(limit, statements(&mut session)).await {
             Ok(result) => Ok(result?),
             Err(elapsed) => {
                 session.close_on_drop();

@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 pub use changes::{NewSmtpConfig, SmtpConfigPatch};
 pub use sending::{RouteFacts, StoredAccount, Unreadable};
 
-use super::{Store, StoreError, silence};
+use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 use crate::secrets::KeyRing;
 
@@ -112,10 +112,8 @@ impl SmtpConfigs {
         organization: &OrganizationId,
         limit: Duration,
     ) -> Result<Option<PgRow>, StoreError> {
-        let mut session = tokio::time::timeout(limit, self.store.session()).await.map_err(silence)??;
-        let row = sqlx::query(query).bind(organization.as_str()).fetch_optional(session.connection());
-        let row = tokio::time::timeout(limit, row).await;
-        session.end(row)
+        let one = sqlx::query(query).bind(organization.as_str());
+        self.store.on_session_within(limit, async |session| one.fetch_optional(session).await).await
     }
 }
 

@@ -1,6 +1,7 @@
 //! Black-box tests against real services, in one binary.
-mod configs;
 
 mod cli;
+mod configs;
+mod delivery;
 mod ledger;
 mod support;

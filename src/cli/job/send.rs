@@ -14,13 +14,13 @@ use uuid::Uuid;
 use super::super::worker::duration;
 use crate::broker::wire::{self, WireLimits};
 use crate::broker::{Follower, JobSender};
-use crate::parts;
 use crate::cli::exit::Done;
 use crate::cli::output;
 use crate::clock::Clock;
 use crate::model::job::Job;
 use crate::model::lanes::Lane;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 /// The kind of a job that a person sends by hand.

@@ -7,13 +7,13 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use crate::parts;
 use crate::cli::exit::Done;
 use crate::cli::output;
 use crate::control::job_status_json;
 use crate::model::job::JobKey;
 use crate::model::ledger::JobStatus;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 #[derive(Debug, Args)]

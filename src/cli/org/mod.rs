@@ -10,10 +10,10 @@ use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
-use crate::parts;
 use super::exit::Done;
 use crate::broker;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 /// Replies come within 10 s (contract section 4); the rest is the way there and back.

@@ -88,14 +88,19 @@ pub fn lanes() -> Vec<Lane> {
 impl TestBroker {
     /// A fresh prefix, nothing declared yet.
     pub async fn new(name: &str, delays_s: &[u32]) -> Self {
+        Self::with_lanes(name, lanes(), delays_s).await
+    }
+
+    /// A fresh prefix with the notifications' lane only: fewer queues to declare.
+    pub async fn with_lane(name: &str, delays_s: &[u32]) -> Self {
+        Self::with_lanes(name, lanes().into_iter().take(1).collect(), delays_s).await
+    }
+
+    async fn with_lanes(name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
         let prefix =
             format!("t{}.{name}", uuid::Uuid::from_u64_pair(std::process::id().into(), unique()).simple());
-        let settings = BrokerSettings {
-            access: access(),
-            prefix: prefix.clone(),
-            lanes: lanes(),
-            delays_s: delays_s.to_vec(),
-        };
+        let settings =
+            BrokerSettings { access: access(), prefix: prefix.clone(), lanes, delays_s: delays_s.to_vec() };
         let connection =
             Connection::connect(&amqp_url(), ConnectionProperties::default()).await.expect("RabbitMQ");
         let channel = confirming(&connection).await;

@@ -82,7 +82,8 @@ impl World {
         let authority_file = directory.path().join("authority.pem");
         std::fs::write(&authority_file, authority.pem()).expect("written");
         let config = directory.path().join("sendoff.toml");
-        let lanes = "[[amqp.lanes]]\nname = \"notifications\"\nbindings = [\"notification.#\"]\nprefetch = 100\n";
+        let lanes =
+            "[[amqp.lanes]]\nname = \"notifications\"\nbindings = [\"notification.#\"]\nprefetch = 100\n";
         std::fs::write(&config, lanes).expect("written");
         let mut world = Self {
             events: broker.events().await,
@@ -293,7 +294,8 @@ impl WorkerProcess {
         let (to, mut found) = (log.clone(), Some(found));
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                let address = line.split_once("http=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+                let address =
+                    line.split_once("http=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
                 if let (Some(address), Some(found)) = (address, found.take_if(|_| address.is_some())) {
                     let _ = found.send(address);
                 }
@@ -303,13 +305,17 @@ impl WorkerProcess {
             }
         });
         let http = tokio::time::timeout(SOON, address).await.ok().and_then(Result::ok);
-        let http = http.unwrap_or_else(|| panic!("the worker did not start: {}", log.lock().expect("no panic")));
+        let http =
+            http.unwrap_or_else(|| panic!("the worker did not start: {}", log.lock().expect("no panic")));
         Self { child, http, log }
     }
 
     /// Waits until `/readyz` says yes.
     pub async fn ready(&self) {
-        eventually(&format!("the worker is ready: {}", self.log()), async || self.get("/readyz").await.0 == 200).await;
+        eventually(&format!("the worker is ready: {}", self.log()), async || {
+            self.get("/readyz").await.0 == 200
+        })
+        .await;
     }
 
     /// An HTTP GET: status and body.

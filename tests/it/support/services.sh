@@ -303,7 +303,8 @@ postgres_launch() {
     [[ -s $dir/url ]] || postgres_initialise "$dir" || return 1
     # Not interrupted, or it could leave a server that has not noted its id yet.
     (trap '' INT TERM HUP && as_account postgres "$(postgres_bin)/pg_ctl" start -s -w -t "$SERVICE_DEADLINE_S" \
-      -D "$(cluster "$dir")" -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 9>&-) && return
+      -D "$(cluster "$dir")" -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" \
+      >>"$dir/output" 2>&1 9>&-) && return
     [[ -n $fresh ]] && connects "$(cat "$dir/port")" && ((++tries < 5)) || return 1
     rm -f -- "$dir/port" "$dir/url" # another took the port between our look and the start
   done

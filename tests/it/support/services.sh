@@ -226,7 +226,10 @@ rabbitmq_launch() {
     detach rabbitmq "$dir/epmd.pid" "${RABBITMQ[@]}" epmd
     sleep 0.2
     living "$dir/epmd.pid" >/dev/null && break
-    [[ ! -d $dir/data/mnesia ]] && ((++tries < 5)) || { say "port $(cat "$dir/port") or one of the next two is taken"; return 1; }
+    if [[ -d $dir/data/mnesia ]] || ((++tries == 5)); then
+      say "port $(cat "$dir/port") or one of the next two is taken"
+      return 1
+    fi
     rm -f -- "$dir/port" "$dir/url"
   done
   detach rabbitmq "$dir/rabbitmq.pid" "${RABBITMQ[@]}" "$(rabbitmq_bin)/rabbitmq-server"
@@ -299,8 +302,9 @@ postgres_launch() {
     [[ -s $dir/port ]] || echo $(($(free_ports) + 3)) >"$dir/port"
     [[ -s $dir/url ]] || postgres_initialise "$dir" || return 1
     # Not interrupted, or it could leave a server that has not noted its id yet.
-    (trap '' INT TERM HUP && as_account postgres "$(postgres_bin)/pg_ctl" start -w -t "$SERVICE_DEADLINE_S" -s -D "$(cluster "$dir")" \
-      -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" >>"$dir/output" 2>&1 9>&-) && return
+    (trap '' INT TERM HUP && as_account postgres "$(postgres_bin)/pg_ctl" start -s -w -t "$SERVICE_DEADLINE_S" \
+      -D "$(cluster "$dir")" -l "$(cluster "$dir").log" -o "-p $(cat "$dir/port") ${POSTGRES_OPTIONS:-}" \
+      >>"$dir/output" 2>&1 9>&-) && return
     [[ -n $fresh ]] && connects "$(cat "$dir/port")" && ((++tries < 5)) || return 1
     rm -f -- "$dir/port" "$dir/url" # another took the port between our look and the start
   done

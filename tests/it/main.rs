@@ -1,1 +1,4 @@
+//! Black box, against real services: one binary, so that it links once.
 
+mod broker;
+mod support;

@@ -144,6 +144,17 @@ impl TestBroker {
         declared.ok().map(|queue| queue.message_count())
     }
 
+    /// Waits until so many consumers are on a queue.
+    pub async fn wait_consumers(&self, queue: &str, consumers: u32) {
+        eventually(&format!("{consumers} consumers of {queue}"), async || {
+            let channel = self.connection.create_channel().await.expect("a channel");
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
+            let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
+            declared.is_ok_and(|queue| queue.consumer_count() == consumers)
+        })
+        .await;
+    }
+
     /// Waits until a queue has so many ready messages.
     pub async fn wait_count(&self, queue: &str, count: u32) {
         eventually(&format!("{count} messages in {queue}"), async || self.count(queue).await == Some(count))

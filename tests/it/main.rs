@@ -1,5 +1,6 @@
 //! Black-box tests against real services, in one binary.
 
+mod broker;
 mod cli;
 mod configs;
 mod delivery;

@@ -99,8 +99,12 @@ impl TestBroker {
     async fn with_lanes(name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
         let prefix =
             format!("t{}.{name}", uuid::Uuid::from_u64_pair(std::process::id().into(), unique()).simple());
-        let settings =
-            BrokerSettings { access: access(), prefix: prefix.clone(), lanes, delays_s: delays_s.to_vec() };
+        let settings = BrokerSettings {
+            access: access(),
+            prefix: prefix.clone(),
+            lanes,
+            delays_s: delays_s.to_vec(),
+        };
         let connection =
             Connection::connect(&amqp_url(), ConnectionProperties::default()).await.expect("RabbitMQ");
         let channel = confirming(&connection).await;
@@ -147,6 +151,17 @@ impl TestBroker {
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
         declared.ok().map(|queue| queue.message_count())
+    }
+
+    /// Waits until so many consumers are on a queue.
+    pub async fn wait_consumers(&self, queue: &str, consumers: u32) {
+        eventually(&format!("{consumers} consumers of {queue}"), async || {
+            let channel = self.connection.create_channel().await.expect("a channel");
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
+            let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
+            declared.is_ok_and(|queue| queue.consumer_count() == consumers)
+        })
+        .await;
     }
 
     /// Waits until a queue has so many ready messages.

@@ -1,5 +1,6 @@
-//! Black-box tests against real services, in one binary.
+//! Black box, against real services: one binary, so that it links once.
 
+mod broker;
 mod cli;
 mod ledger;
 mod support;

@@ -1,2 +1,6 @@
-//! What the tests are run against.
+//! What the tests stand on.
+
+pub mod broker;
 pub mod database;
+pub mod dns;
+pub mod proxy;

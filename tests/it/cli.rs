@@ -1,5 +1,7 @@
 //! The command line as a person or a script meets it: help, usage, settings errors, exit codes.
 
+mod services;
+
 use std::process::{Command, Output, Stdio};
 
 fn sendoff(arguments: &[&str], environment: &[(&str, &str)]) -> Output {

@@ -47,8 +47,8 @@ pub enum Stage {
     Rcpt,
     /// DATA.
     Data,
-    /// While the message comes in; only [`Action::CloseAfterBytes`], [`Action::Silence`] and
-    /// [`Action::ReplyThenClose`] mean something here.
+    /// While the message comes in; only [`Action::CloseAfterBytes`], [`Action::Silence`], [`Action::Reply`] (said at
+    /// once, out of turn) and [`Action::ReplyThenClose`] mean something here.
     Body,
     /// The final dot has come.
     FinalDot,
@@ -303,6 +303,8 @@ pub struct Seen {
     pub sessions: Vec<Session>,
     /// Messages taken, also counted without `records`.
     pub message_count: usize,
+    /// Messages whose final dot came, taken or not.
+    pub final_dots: usize,
     /// AUTH commands.
     pub auth_attempts: usize,
 }
@@ -805,6 +807,7 @@ impl Dialogue {
 
     async fn final_dot(&mut self, transaction: Transaction, data: Vec<u8>) -> Result<(), End> {
         let at = Instant::now();
+        self.shared.note(|seen| seen.final_dots += 1);
         let answered = match self.action(Stage::FinalDot, "") {
             Some(Action::AcceptThenClose) => false,
             Some(action) => {
@@ -856,6 +859,9 @@ impl Dialogue {
     async fn body(&mut self) -> Result<Vec<u8>, End> {
         let action = self.action(Stage::Body, "");
         self.flush().await?;
+        if let Some(Action::Reply(reply)) = &action {
+            self.wire.write(&[reply, &b"\r\n"[..]].concat()).await?;
+        }
         let start = self.read_to;
         let mut searched = start;
         let end = loop {

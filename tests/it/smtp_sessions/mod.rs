@@ -6,15 +6,15 @@ mod tls;
 mod transactions;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
 use sendoff::model::address::{EmailAddress, Mailbox};
-use sendoff::model::failure::{Failure, Transaction, TransactionOutcome};
+use sendoff::model::failure::{Failure, Phase, Transaction, TransactionOutcome};
 use sendoff::model::organization::OrganizationId;
 use sendoff::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
-use sendoff::smtp::{Deadlines, Envelope, Session, SmtpConnector, SmtpOptions, TlsRoots};
+use sendoff::smtp::{Deadlines, Envelope, Observer, Session, SmtpConnector, SmtpOptions, TlsRoots};
 
 use crate::support::smtp_server::SmtpServer;
 
@@ -66,8 +66,21 @@ impl Client {
     }
 }
 
-fn impatient() -> Client {
-    Client { deadlines: IMPATIENT, ..Client::default() }
+/// An observer that remembers.
+#[derive(Default)]
+struct Heard {
+    phases: Mutex<Vec<Phase>>,
+    refused: Mutex<Vec<&'static str>>,
+}
+
+impl Observer for Heard {
+    fn phase(&self, phase: Phase, _: Duration) {
+        self.phases.lock().expect("no panic holds it").push(phase);
+    }
+
+    fn egress_refused(&self, rule: &'static str) {
+        self.refused.lock().expect("no panic holds it").push(rule);
+    }
 }
 
 fn organization() -> Destination {

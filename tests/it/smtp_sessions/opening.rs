@@ -1,6 +1,6 @@
 //! Greeting, EHLO and AUTH: every way in which a server can fail there.
 
-use sendoff::model::failure::{Fault, Phase};
+use sendoff::model::failure::Fault;
 
 use super::*;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
@@ -29,7 +29,7 @@ const STAGES: [(Stage, Phase); 3] =
 #[tokio::test]
 async fn a_server_that_is_gone_before_the_session_is_open_is_a_lost_connection() {
     for (stage, phase) in STAGES {
-        let server = login_server(|b| drop(b.rule(Rule::new(stage, Action::Close)))).await;
+        let server = login_server(|b| b.rule(Rule::new(stage, Action::Close))).await;
         let failure = failure_of_opening(&server, PATIENT).await;
         assert_eq!((failure.phase, &failure.fault), (phase, &Fault::Lost));
         assert_eq!(failure.address, Some(server.address()));
@@ -39,7 +39,7 @@ async fn a_server_that_is_gone_before_the_session_is_open_is_a_lost_connection()
 #[tokio::test]
 async fn a_server_that_says_nothing_is_a_timeout() {
     for (stage, phase) in STAGES {
-        let server = login_server(|b| drop(b.rule(Rule::new(stage, Action::Silence)))).await;
+        let server = login_server(|b| b.rule(Rule::new(stage, Action::Silence))).await;
         let failure = failure_of_opening(&server, IMPATIENT).await;
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
     }
@@ -49,7 +49,7 @@ async fn a_server_that_says_nothing_is_a_timeout() {
 async fn a_server_that_drips_its_reply_does_not_stretch_the_deadline() {
     for (stage, phase) in STAGES {
         let drip = Action::Drip(b"250 slowly slowly slowly".to_vec(), SHORT / 8);
-        let server = login_server(|b| drop(b.rule(Rule::new(stage, drip)))).await;
+        let server = login_server(|b| b.rule(Rule::new(stage, drip))).await;
         let failure = failure_of_opening(&server, IMPATIENT).await;
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
     }
@@ -59,7 +59,7 @@ async fn a_server_that_drips_its_reply_does_not_stretch_the_deadline() {
 async fn a_reply_without_end_is_cut_off() {
     for action in [Action::HugeLine(64 << 20), Action::EndlessReply] {
         for (stage, phase) in STAGES {
-            let server = login_server(|b| drop(b.rule(Rule::new(stage, action.clone())))).await;
+            let server = login_server(|b| b.rule(Rule::new(stage, action.clone()))).await;
             let failure = failure_of_opening(&server, PATIENT).await;
             assert_eq!(failure.phase, phase);
             assert!(matches!(failure.fault, Fault::Protocol { .. }), "{failure}");
@@ -71,7 +71,7 @@ async fn a_reply_without_end_is_cut_off() {
 async fn a_refusal_is_told_with_its_phase_and_its_reply() {
     for (stage, phase) in STAGES {
         for reply in ["421 4.3.2 closing", "451 4.3.0 later", "554 5.7.1 no"] {
-            let server = login_server(|b| drop(b.rule(Rule::new(stage, Action::reply(reply))))).await;
+            let server = login_server(|b| b.rule(Rule::new(stage, Action::reply(reply)))).await;
             let failure = failure_of_opening(&server, PATIENT).await;
             assert_eq!(failure.phase, phase);
             assert_eq!(failure.reply().expect("a reply").to_string(), reply);
@@ -82,7 +82,7 @@ async fn a_refusal_is_told_with_its_phase_and_its_reply() {
 #[tokio::test]
 async fn bytes_that_are_no_smtp_reply_are_never_shown() {
     for banner in ["HTTP/1.1 400 Bad Request", "SSH-2.0-OpenSSH_9.2", "* OK IMAP4rev1 ready", "22"] {
-        let server = login_server(|b| drop(b.rule(Rule::new(Stage::Banner, Action::reply(banner))))).await;
+        let server = login_server(|b| b.rule(Rule::new(Stage::Banner, Action::reply(banner)))).await;
         let failure = failure_of_opening(&server, PATIENT).await;
         assert_eq!(
             failure.to_string(),
@@ -94,7 +94,7 @@ async fn bytes_that_are_no_smtp_reply_are_never_shown() {
 #[tokio::test]
 async fn a_reply_that_is_not_utf8_keeps_its_code() {
     let reply = Action::Reply(b"535-5.7.8 mot de passe refus\xe9\r\n535 5.7.8 \xff\xfe".to_vec());
-    let server = login_server(|b| drop(b.rule(Rule::new(Stage::Auth, reply)))).await;
+    let server = login_server(|b| b.rule(Rule::new(Stage::Auth, reply))).await;
     let failure = failure_of_opening(&server, PATIENT).await;
     assert_eq!(failure.reply().expect("a reply").code, 535);
 }
@@ -126,7 +126,7 @@ async fn a_server_with_login_only_is_served_by_it() {
 async fn a_refused_mechanism_is_followed_by_the_next_one() {
     for refusal in ["504 5.5.4 not this one", "538 5.7.4 security features not supported"] {
         let server =
-            login_server(|b| drop(b.rule(Rule::new(Stage::Auth, Action::reply(refusal)).of("PLAIN")))).await;
+            login_server(|b| b.rule(Rule::new(Stage::Auth, Action::reply(refusal)).of("PLAIN"))).await;
         let session = client(PATIENT).open(&with_login(account(&server))).await.expect("a session");
         assert_eq!(session.facts().mechanism, Some("LOGIN"));
     }
@@ -149,7 +149,7 @@ async fn a_server_without_a_usable_mechanism_is_told_by_what_it_offers() {
         assert_eq!(failure.fault, Fault::NoAuthMechanism { offered: offered.into() });
         assert_eq!(server.seen(|seen| seen.auth_attempts), 0);
     }
-    let server = login_server(|b| drop(b.rule(Rule::new(Stage::Auth, Action::reply("504 5.5.4 no"))))).await;
+    let server = login_server(|b| b.rule(Rule::new(Stage::Auth, Action::reply("504 5.5.4 no")))).await;
     let failure = failure_of_opening(&server, PATIENT).await;
     assert_eq!(failure.fault, Fault::NoAuthMechanism { offered: "PLAIN LOGIN".into() });
 }

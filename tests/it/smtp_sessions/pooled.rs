@@ -1,6 +1,6 @@
 //! Kept sessions: reused while they are good, never when there is a doubt.
 
-use sendoff::model::failure::{Fault, Phase};
+use sendoff::model::failure::Fault;
 use sendoff::smtp::{Pool, PoolLimits, PooledSession};
 use tokio::sync::Notify;
 
@@ -60,6 +60,38 @@ async fn two_messages_at_once_take_two_sessions() {
     assert_eq!((rig.pool.idle(), rig.pool.active(), rig.server.connections()), (2, 0, 2));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_tasks_share_a_pool() {
+    let rig = Arc::new(Rig::new(LIMITS, |_| {}).await);
+    let tasks: Vec<_> = (0..20)
+        .map(|_| {
+            let rig = rig.clone();
+            tokio::spawn(async move {
+                for _ in 0..10 {
+                    rig.send_and_release().await;
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.expect("no panic");
+    }
+    assert_eq!(rig.server.messages().len(), 200);
+    assert_eq!((rig.pool.idle(), rig.pool.active()), (rig.server.connections(), 0));
+}
+
+#[tokio::test]
+async fn the_session_that_is_idle_for_longest_makes_room() {
+    let rig = Rig::new(LIMITS, |_| {}).await;
+    assert!(!rig.pool.close_longest_idle());
+    let (first, second) = (rig.session().await, rig.session().await);
+    first.release();
+    second.release();
+    assert!(rig.pool.close_longest_idle());
+    rig.server.wait_for(LIMIT, |seen| seen.sessions[0].closed).await.expect("the first one closed");
+    assert_eq!((rig.pool.idle(), rig.server.seen(|seen| seen.open_sessions())), (1, 1));
+}
+
 #[tokio::test]
 async fn destinations_share_no_session() {
     let rig = Rig::new(LIMITS, |_| {}).await;
@@ -84,7 +116,7 @@ async fn a_kept_session_that_the_server_closed_is_replaced_unnoticed() {
 #[tokio::test]
 async fn a_loss_at_the_first_command_of_a_reused_session_is_marked_as_such() {
     for action in [Action::Close, Action::ReplyThenClose(b"421 4.4.2 idle".to_vec())] {
-        let rig = Rig::new(LIMITS, |b| drop(b.rule(Rule::new(Stage::Mail, action).nth(2)))).await;
+        let rig = Rig::new(LIMITS, |b| b.rule(Rule::new(Stage::Mail, action).nth(2))).await;
         rig.send_and_release().await;
         let mut session = rig.session().await;
         assert!(session.is_reused());
@@ -194,7 +226,7 @@ async fn closing_the_pool_says_goodbye_within_its_limit() {
     in_use.release();
     rig.all_closed().await;
 
-    let rig = Rig::new(LIMITS, |b| drop(b.rule(Rule::new(Stage::Quit, Action::Silence)))).await;
+    let rig = Rig::new(LIMITS, |b| b.rule(Rule::new(Stage::Quit, Action::Silence))).await;
     rig.send_and_release().await;
     let limit = Duration::from_millis(50);
     tokio::time::timeout(LIMIT, rig.pool.close_all(limit)).await.expect("an end");

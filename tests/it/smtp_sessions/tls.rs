@@ -1,8 +1,6 @@
 //! TLS: what is trusted, what is not and with which words, and that nothing falls back to plaintext.
 
-use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
-use sendoff::model::failure::{Failure, Fault, Phase};
-use sendoff::model::smtp_settings::{SmtpAccount, TlsMode};
+use sendoff::model::failure::Fault;
 
 use super::*;
 use crate::support::certs::{Authority, ServerCertificate, pem_file};
@@ -77,7 +75,7 @@ async fn a_message_goes_over_implicit_tls_to_a_host_name() {
 }
 
 #[tokio::test]
-async fn a_second_session_resumes_the_first_ones_tls() {
+async fn tls_is_resumed_within_one_configuration_version_only() {
     let authority = Authority::new("Test CA");
     let server = starttls_server(&authority.issue(&["127.0.0.1"])).await;
     let file = pem_file(authority.pem());
@@ -88,7 +86,11 @@ async fn a_second_session_resumes_the_first_ones_tls() {
         assert_accepted(&send(&mut session, 1).await);
         assert_eq!(session.facts().tls.as_ref().expect("TLS").issuer, "CN=Test CA");
     }
-    assert_eq!(server.connections(), 2);
+    assert_eq!(server.sessions().iter().map(|session| session.resumed).collect::<Vec<_>>(), [false, true]);
+
+    let newer = Destination::Organization { id: OrganizationId::from_integer(42), version: 2 };
+    connector.open(&newer, &required(&server)).await.expect("a session");
+    assert!(!server.sessions()[2].resumed, "a newer configuration must see the certificate itself");
 }
 
 #[tokio::test]
@@ -223,17 +225,12 @@ async fn a_refused_starttls_is_the_servers_reply() {
 #[tokio::test]
 async fn a_host_that_is_not_public_gets_no_connection() {
     let server = SmtpServer::start(|_| {}).await;
+    let heard = Arc::new(Heard::default());
     let client = Client { allow_networks: "192.0.2.0/24", ..Client::default() };
-    let failure = client.open(&account(&server)).await.err().expect("a failure");
-    assert_eq!((failure.phase, failure.fault), (Phase::Resolve, Fault::HostNotPublic));
-
-    let policy = EgressPolicy::new(Vec::new(), Vec::new(), AllowedPorts::Any);
-    let egress = Arc::new(Egress::new(policy, &[]).expect("name servers"));
-    let options =
-        SmtpOptions { deadlines: PATIENT, hello_name: "client.test".into(), allow_plaintext_auth: false };
-    let roots = TlsRoots::load(&[]).expect("the system's roots");
-    let connector = SmtpConnector::new(egress, roots, options, Arc::new(()));
-    assert!(connector.open(&organization(), &account(&server)).await.is_err());
+    let connector = client.connector().observed_by(heard.clone());
+    let failure = connector.open(&organization(), &account(&server)).await.err().expect("a failure");
+    assert_eq!((failure.phase, failure.fault, failure.address), (Phase::Resolve, Fault::HostNotPublic, None));
+    assert_eq!(*heard.refused.lock().expect("no panic holds it"), ["loopback"]);
     assert_eq!(server.connections(), 0);
 
     // The platform's own host is the operator's choice.

@@ -1,10 +1,8 @@
 //! MAIL to the final dot: what each answer, and each missing one, comes to.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use sendoff::model::failure::{Fault, Phase};
-use sendoff::smtp::Observer;
+use sendoff::model::failure::Fault;
 
 use super::*;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
@@ -82,7 +80,7 @@ async fn a_hundred_recipients_each_get_their_answer() {
 async fn an_envelope_larger_than_every_buffer_does_not_stall() {
     let long_reply = format!("250-{}\r\n250 ok", "x".repeat(300));
     let (server, mut session) =
-        session_with(|b| drop(b.rule(Rule::new(Stage::Rcpt, Action::reply(&long_reply))))).await;
+        session_with(|b| b.rule(Rule::new(Stage::Rcpt, Action::reply(&long_reply)))).await;
     assert_accepted(&send(&mut session, 1000).await);
     assert_eq!(server.messages()[0].recipients.len(), 1000);
 }
@@ -107,7 +105,7 @@ async fn a_server_that_is_gone_is_told_by_how_far_the_message_had_come() {
 #[tokio::test]
 async fn a_server_that_is_gone_in_the_middle_of_the_message_has_not_accepted_it() {
     let (server, mut session) =
-        session_with(|b| drop(b.rule(Rule::new(Stage::Body, Action::CloseAfterBytes(1 << 20))))).await;
+        session_with(|b| b.rule(Rule::new(Stage::Body, Action::CloseAfterBytes(1 << 20)))).await;
     let failure = failure(session.send(&envelope(1), &huge_message(), async { true }).await);
     assert_eq!((failure.phase, failure.fault), (Phase::Body, Fault::Lost));
     assert_eq!(server.messages().len(), 0);
@@ -116,7 +114,7 @@ async fn a_server_that_is_gone_in_the_middle_of_the_message_has_not_accepted_it(
 #[tokio::test]
 async fn a_server_that_accepts_and_is_gone_leaves_the_outcome_at_the_final_dot() {
     let (server, mut session) =
-        session_with(|b| drop(b.rule(Rule::new(Stage::FinalDot, Action::AcceptThenClose)))).await;
+        session_with(|b| b.rule(Rule::new(Stage::FinalDot, Action::AcceptThenClose))).await;
     let failure = failure(send(&mut session, 1).await);
     assert_eq!((failure.phase, failure.fault), (Phase::FinalDot, Fault::Lost));
     assert_eq!(server.messages().len(), 1);
@@ -126,7 +124,7 @@ async fn a_server_that_accepts_and_is_gone_leaves_the_outcome_at_the_final_dot()
 async fn silence_is_a_timeout_at_its_phase() {
     for (stage, phase) in STAGES {
         let (_server, mut session) =
-            session_by(IMPATIENT, |b| drop(b.rule(Rule::new(stage, Action::Silence)))).await;
+            session_by(IMPATIENT, |b| b.rule(Rule::new(stage, Action::Silence))).await;
         let failure = failure(send(&mut session, 1).await);
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
         assert!(!session.is_usable());
@@ -137,7 +135,7 @@ async fn silence_is_a_timeout_at_its_phase() {
 async fn a_server_that_stops_reading_the_message_is_a_timeout() {
     let deadlines = Deadlines { data: SHORT, ..PATIENT };
     let (_server, mut session) =
-        session_by(deadlines, |b| drop(b.rule(Rule::new(Stage::Body, Action::Silence)))).await;
+        session_by(deadlines, |b| b.rule(Rule::new(Stage::Body, Action::Silence))).await;
     let failure = failure(session.send(&envelope(1), &huge_message(), async { true }).await);
     assert_eq!((failure.phase, failure.fault), (Phase::Body, Fault::Timeout));
 }
@@ -146,7 +144,7 @@ async fn a_server_that_stops_reading_the_message_is_a_timeout() {
 async fn a_dripped_reply_does_not_stretch_its_deadline() {
     for (stage, phase) in STAGES {
         let drip = Action::Drip(b"250 slowly slowly slowly".to_vec(), SHORT / 8);
-        let (_server, mut session) = session_by(IMPATIENT, |b| drop(b.rule(Rule::new(stage, drip)))).await;
+        let (_server, mut session) = session_by(IMPATIENT, |b| b.rule(Rule::new(stage, drip))).await;
         let failure = failure(send(&mut session, 1).await);
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
     }
@@ -156,7 +154,7 @@ async fn a_dripped_reply_does_not_stretch_its_deadline() {
 async fn a_final_reply_may_take_longer_than_a_commands() {
     let deadlines = Deadlines { final_reply: LIMIT, ..IMPATIENT };
     let (_server, mut session) =
-        session_by(deadlines, |b| drop(b.rule(Rule::new(Stage::FinalDot, Action::After(SHORT * 2))))).await;
+        session_by(deadlines, |b| b.rule(Rule::new(Stage::FinalDot, Action::After(SHORT * 2)))).await;
     assert_accepted(&send(&mut session, 1).await);
 }
 
@@ -164,8 +162,7 @@ async fn a_final_reply_may_take_longer_than_a_commands() {
 async fn a_reply_without_end_is_cut_off_at_every_phase() {
     for action in [Action::HugeLine(64 << 20), Action::EndlessReply] {
         for (stage, phase) in STAGES {
-            let (_server, mut session) =
-                session_with(|b| drop(b.rule(Rule::new(stage, action.clone())))).await;
+            let (_server, mut session) = session_with(|b| b.rule(Rule::new(stage, action.clone()))).await;
             let failure = failure(send(&mut session, 1).await);
             assert_eq!(failure.phase, phase);
             assert!(matches!(failure.fault, Fault::Protocol { .. }), "{failure}");
@@ -221,7 +218,8 @@ async fn a_refused_sender_decides_over_the_noise_behind_it() {
     })
     .await;
     let transaction = send(&mut session, 3).await;
-    let failure = failure(Transaction { refused: Vec::new(), ..transaction });
+    assert_eq!(transaction.refused, []);
+    let failure = failure(transaction);
     assert_eq!((failure.phase, failure.reply().expect("a reply").code), (Phase::Mail, 550));
     assert_accepted(&send(&mut session, 1).await);
     assert_eq!(server.seen(|seen| seen.count("RSET")), 1);
@@ -324,7 +322,7 @@ async fn an_internationalized_address_needs_a_server_that_offers_smtputf8() {
 #[tokio::test]
 async fn a_refusal_in_the_middle_of_the_message_is_told() {
     let refusal = Action::ReplyThenClose(b"552 5.3.4 too much".to_vec());
-    let (_server, mut session) = session_with(|b| drop(b.rule(Rule::new(Stage::Body, refusal)))).await;
+    let (_server, mut session) = session_with(|b| b.rule(Rule::new(Stage::Body, refusal))).await;
     let failure = failure(session.send(&envelope(1), &huge_message(), async { true }).await);
     assert_eq!(failure.phase, Phase::Body);
     assert_eq!(failure.reply().expect("a reply").to_string(), "552 5.3.4 too much");
@@ -333,7 +331,7 @@ async fn a_refusal_in_the_middle_of_the_message_is_told() {
 #[tokio::test]
 async fn a_success_before_the_final_dot_is_not_acceptance() {
     let early = Action::reply("250 2.0.0 already taken");
-    let (server, mut session) = session_with(|b| drop(b.rule(Rule::new(Stage::Body, early)))).await;
+    let (server, mut session) = session_with(|b| b.rule(Rule::new(Stage::Body, early))).await;
     let failure = failure(session.send(&envelope(1), &huge_message(), async { true }).await);
     assert_eq!(failure.phase, Phase::Body);
     assert!(matches!(failure.fault, Fault::Protocol { .. }), "{failure}");
@@ -343,7 +341,7 @@ async fn a_success_before_the_final_dot_is_not_acceptance() {
 #[tokio::test]
 async fn a_3xx_to_the_final_dot_is_not_acceptance() {
     let (_server, mut session) =
-        session_with(|b| drop(b.rule(Rule::new(Stage::FinalDot, Action::reply("354 more"))))).await;
+        session_with(|b| b.rule(Rule::new(Stage::FinalDot, Action::reply("354 more")))).await;
     let failure = failure(send(&mut session, 1).await);
     assert_eq!(failure.phase, Phase::FinalDot);
     assert!(matches!(failure.fault, Fault::Protocol { .. }), "{failure}");
@@ -351,20 +349,12 @@ async fn a_3xx_to_the_final_dot_is_not_acceptance() {
 
 #[tokio::test]
 async fn every_phase_is_reported_to_the_observer() {
-    #[derive(Default)]
-    struct Heard(Mutex<Vec<Phase>>);
-    impl Observer for Heard {
-        fn phase(&self, phase: Phase, _: Duration) {
-            self.0.lock().expect("no panic holds it").push(phase);
-        }
-        fn egress_refused(&self, _: &'static str) {}
-    }
     let server = SmtpServer::start(|_| {}).await;
     let heard = Arc::new(Heard::default());
     let connector = Client::default().connector().observed_by(heard.clone());
     let mut session = connector.open(&organization(), &account(&server)).await.expect("a session");
     assert_accepted(&send(&mut session, 1).await);
-    let phases = heard.0.lock().expect("no panic holds it").clone();
+    let phases = heard.phases.lock().expect("no panic holds it").clone();
     assert_eq!(
         phases,
         [

@@ -152,6 +152,7 @@ impl Running {
         };
         let connector = SmtpConnector::new(egress.clone(), roots, options, Arc::new(Heard));
         let pool_limits = PoolLimits {
+            max_sessions: settings.delivery.max_sessions as usize,
             max_messages_per_connection: smtp.max_messages_per_connection,
             idle_timeout: smtp.idle_timeout,
         };

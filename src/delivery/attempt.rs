@@ -2,7 +2,7 @@
 //! Guarantee: nothing is decided about the job here beyond [`policy::assess`]; a refused gate sends nothing.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::model::event::RefusedRecipient;
@@ -11,9 +11,8 @@ use crate::model::job::Job;
 use crate::model::ledger::{AttemptRecord, Claimed};
 use crate::model::policy::{self, Feedback, Verdict};
 use crate::model::smtp_settings::Destination;
-use crate::smtp::Envelope;
-use crate::smtp::Pool;
 use crate::smtp::compose::needs_smtputf8;
+use crate::smtp::{Envelope, FinalDot, Pool};
 
 use crate::telemetry::AttemptResult;
 
@@ -108,17 +107,6 @@ impl Report {
         }
     }
 
-    /// The report of an attempt that was cut off from outside before it could make its own.
-    pub fn cut(later: Vec<u16>, committed: bool, reason: Reason, detail: &str) -> Self {
-        let verdict = if committed {
-            Verdict::Unknown
-        } else {
-            Verdict::Retry { reason, at_least: None, feedback: Feedback::Neutral }
-        };
-        let phase = Some(if committed { Phase::FinalDot } else { Phase::Connect });
-        Self { later, verdict: Some(verdict), phase, detail: Some(detail.to_owned()), ..Self::default() }
-    }
-
     fn fail(&mut self, failure: &Failure, verdict: Verdict) {
         self.verdict = Some(verdict);
         self.phase = Some(failure.phase);
@@ -154,19 +142,50 @@ impl Report {
     }
 }
 
-/// How far an attempt that is cut off from outside had come.
+/// How far an attempt has come, for when it is cut off from outside.
 #[derive(Debug, Default)]
-pub struct Progress(AtomicU8);
+pub struct Progress(Mutex<SoFar>);
+
+#[derive(Debug, Default)]
+struct SoFar {
+    accepted: Vec<u16>,
+    refused: Vec<RefusedRecipient>,
+    later: Vec<u16>,
+    /// The recipients of the transaction under way.
+    todo: Vec<u16>,
+    address: Option<SocketAddr>,
+    message: Option<FinalDot>,
+}
 
 impl Progress {
-    /// The gate was passed: from here on a cut leaves an unknown outcome.
-    fn commit(&self) {
-        self.0.store(1, Ordering::Release);
+    /// Progress of an attempt that is to send to these recipients.
+    pub fn new(recipients: Vec<u16>) -> Self {
+        Self(Mutex::new(SoFar { todo: recipients, ..SoFar::default() }))
     }
 
-    /// Whether a message may have been accepted.
-    pub fn is_committed(&self) -> bool {
-        self.0.load(Ordering::Acquire) != 0
+    fn note(&self, change: impl FnOnce(&mut SoFar)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The report of an attempt that was cut off: unknown once the final dot may have left, to be tried again before.
+    pub fn cut(self, reason: Reason, detail: &str) -> Report {
+        let so_far = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let unknown = so_far.message.is_some_and(|message| message.may_have_left());
+        let verdict = if unknown {
+            Verdict::Unknown
+        } else {
+            Verdict::Retry { reason, at_least: None, feedback: Feedback::Neutral }
+        };
+        Report {
+            accepted: so_far.accepted,
+            refused: so_far.refused,
+            later: [so_far.later, so_far.todo].concat(),
+            verdict: Some(verdict),
+            phase: Some(if unknown { Phase::FinalDot } else { Phase::Body }),
+            detail: Some(detail.to_owned()),
+            address: so_far.address,
+            ..Report::default()
+        }
     }
 }
 
@@ -176,19 +195,19 @@ pub trait Gatekeeper: Sync {
     fn pass(&self) -> impl Future<Output = Result<(), Shut>> + Send;
 }
 
-/// Sends a composed message to the recipients at `recipients`. The gate is asked right before each DATA.
+/// Sends a composed message to the recipients that `progress` was made for. The gate is asked right before each DATA.
 pub async fn send(
     pool: &Pool,
     route: &Route,
     job: &Job,
     message: &[u8],
-    recipients: Vec<u16>,
     progress: &Progress,
     gate: &impl Gatekeeper,
 ) -> Report {
     let started = Instant::now();
     let mut report = Report::default();
-    let mut todo = recipients;
+    let mut todo = Vec::new();
+    progress.note(|so_far| todo.clone_from(&so_far.todo));
     let mut kept = None;
     let mut fresh = false;
     loop {
@@ -206,22 +225,18 @@ pub async fn send(
             }
         };
         report.address = Some(session.facts().address);
+        progress.note(|so_far| {
+            so_far.address = report.address;
+            so_far.message = Some(session.final_dot());
+        });
         let envelope = envelope(route, job, &todo);
         let mut shut = None;
-        let transaction = session
-            .send(&envelope, message, async {
-                match gate.pass().await {
-                    Ok(()) => {
-                        progress.commit();
-                        true
-                    }
-                    Err(why) => {
-                        shut = Some(why);
-                        false
-                    }
-                }
-            })
-            .await;
+        let open = async {
+            let passed = gate.pass().await;
+            shut = passed.err();
+            passed.is_ok()
+        };
+        let transaction = session.send(&envelope, message, open).await;
         let mut assessment = policy::assess(&transaction, &todo);
         if assessment.verdict == Some(Verdict::Fresh) && !fresh {
             // The other kept sessions of this destination are likely as old: none of them is tried.
@@ -231,6 +246,13 @@ pub async fn send(
         todo = std::mem::take(&mut assessment.next_transaction);
         report.shut = shut;
         report.take(&transaction, assessment);
+        progress.note(|so_far| {
+            so_far.accepted.clone_from(&report.accepted);
+            so_far.refused.clone_from(&report.refused);
+            so_far.later.clone_from(&report.later);
+            so_far.todo.clone_from(&todo);
+            so_far.message = None;
+        });
         if todo.is_empty() {
             session.release();
             break;

@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::model::failure::Reason;
 use crate::model::job::Job;
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver};
-use crate::model::policy::{self, OrphanDisposition, RetryLimits};
+use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
@@ -291,8 +291,7 @@ impl Worker {
                 return self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, error.to_string()).await;
             }
         };
-        let recipients = recipients(&job, &claimed);
-        let report = self.attempt(&job, &claimed, &route, &message, recipients).await;
+        let report = self.attempt(&job, &claimed, &route, &message).await;
         drop(message);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
@@ -300,29 +299,22 @@ impl Worker {
     }
 
     /// Runs the attempt within its bounds: its time, a panic, and the second stage of a stop.
-    async fn attempt(
-        &self,
-        job: &Job,
-        claimed: &Claimed,
-        route: &Route,
-        message: &[u8],
-        recipients: Vec<u16>,
-    ) -> Report {
-        let progress = Progress::default();
+    async fn attempt(&self, job: &Job, claimed: &Claimed, route: &Route, message: &[u8]) -> Report {
+        let progress = Progress::new(recipients(job, claimed));
         let gate = Gatekeeping { worker: self, job, claimed };
-        let sending = attempt::send(&self.pool, route, job, message, recipients.clone(), &progress, &gate);
-        let (reason, detail) = tokio::select! {
+        let sending = attempt::send(&self.pool, route, job, message, &progress, &gate);
+        let (reason, detail, stopped) = tokio::select! {
             report = AssertUnwindSafe(sending).catch_unwind() => match report {
                 Ok(report) => return report,
-                Err(_) => (Reason::Internal, "the worker had a fault of its own"),
+                Err(_) => (Reason::Internal, "the worker had a fault of its own", false),
             },
             () = tokio::time::sleep(self.limits.attempt_timeout) => {
-                (Reason::Timeout, "the attempt took too long as a whole")
+                (Reason::Timeout, "the attempt took too long as a whole", false)
             }
-            () = self.shutdown.stop_now() => (Reason::Internal, "the worker was stopped"),
+            () = self.shutdown.stop_now() => (Reason::Internal, "the worker was stopped", true),
         };
-        let mut report = Report::cut(recipients, progress.is_committed(), reason, detail);
-        if self.shutdown.is_stopping() && !progress.is_committed() {
+        let mut report = progress.cut(reason, detail);
+        if stopped && report.verdict != Some(Verdict::Unknown) {
             report.shut = Some(Shut::Halted);
         }
         report

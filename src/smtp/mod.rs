@@ -12,6 +12,6 @@ mod tls;
 
 pub use connect::{Observer, SmtpConnector, SmtpOptions};
 pub use pool::{Pool, PoolLimits, PooledSession};
-pub use session::{Envelope, Session, SessionFacts};
+pub use session::{Envelope, FinalDot, Session, SessionFacts};
 pub use stream::Deadlines;
 pub use tls::{ExtraCaError, TlsFacts, TlsRoots};

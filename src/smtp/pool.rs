@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
 use super::connect::SmtpConnector;
-use super::session::{Envelope, Session, SessionFacts};
+use super::session::{Envelope, FinalDot, Session, SessionFacts};
 use crate::model::failure::{Failure, Transaction};
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 
@@ -22,6 +22,8 @@ const SWEEP_MAX: Duration = Duration::from_secs(5);
 /// How long a session is kept.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolLimits {
+    /// Sessions open at once, idle ones included; those in use are bounded by their users.
+    pub max_sessions: usize,
     /// Transactions before a session is closed.
     pub max_messages_per_connection: u32,
     /// An idle session is closed after this time.
@@ -182,6 +184,8 @@ impl Pool {
         account: &SmtpAccount,
         slot: Arc<Slot>,
     ) -> Result<PooledSession, Failure> {
+        // The worker's sessions are those in use, which the dispatcher bounds, and the idle ones, which give way.
+        while self.active() + self.idle() >= self.0.limits.max_sessions && self.close_longest_idle() {}
         let active = Active::new(&self.0.counts);
         let session = self.0.connector.open(destination, account).await?;
         Ok(PooledSession { session, slot, pool: self.clone(), _active: active })
@@ -287,6 +291,11 @@ impl PooledSession {
     /// What is known from the session's opening.
     pub fn facts(&self) -> &SessionFacts {
         self.session.facts()
+    }
+
+    /// A look at the message under way: see [`Session::final_dot`].
+    pub fn final_dot(&self) -> FinalDot {
+        self.session.final_dot()
     }
 
     /// Whether the session has carried a message before.

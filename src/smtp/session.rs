@@ -46,6 +46,23 @@ pub struct SessionFacts {
     pub mechanism: Option<&'static str>,
 }
 
+/// Tells of the message under way in a session, whatever has become of the session.
+#[derive(Clone)]
+pub struct FinalDot(SharedChannel);
+
+impl FinalDot {
+    /// Whether a byte of the final dot may have left: from then on the server may have accepted the message.
+    pub fn may_have_left(&self) -> bool {
+        self.0.lock().dotted()
+    }
+}
+
+impl std::fmt::Debug for FinalDot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "FinalDot({})", self.may_have_left())
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// MAIL may follow.
@@ -175,6 +192,11 @@ impl Session {
     /// Transactions so far, the failed ones included.
     pub fn transactions(&self) -> u32 {
         self.transactions
+    }
+
+    /// A look at the message under way that outlives this session's use: for an attempt that is cut off.
+    pub fn final_dot(&self) -> FinalDot {
+        FinalDot(self.channel.clone())
     }
 
     /// Whether another transaction may be tried. False after a loss, a timeout, 421, a violation of the protocol, and

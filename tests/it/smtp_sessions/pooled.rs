@@ -7,7 +7,8 @@ use tokio::sync::Notify;
 use super::*;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
 
-const LIMITS: PoolLimits = PoolLimits { max_messages_per_connection: 100, idle_timeout: LIMIT };
+const LIMITS: PoolLimits =
+    PoolLimits { max_sessions: 256, max_messages_per_connection: 100, idle_timeout: LIMIT };
 
 struct Rig {
     server: SmtpServer,
@@ -183,7 +184,8 @@ async fn a_session_that_is_dropped_is_closed() {
 
 #[tokio::test]
 async fn a_session_is_closed_politely_after_so_many_messages() {
-    let rig = Rig::new(PoolLimits { max_messages_per_connection: 2, ..LIMITS }, |_| {}).await;
+    let rig =
+        Rig::new(PoolLimits { max_sessions: 256, max_messages_per_connection: 2, ..LIMITS }, |_| {}).await;
     for _ in 0..3 {
         rig.send_and_release().await;
     }
@@ -196,7 +198,7 @@ async fn a_session_is_closed_politely_after_so_many_messages() {
 
 #[tokio::test]
 async fn an_idle_session_is_closed_politely_after_its_time() {
-    let rig = Rig::new(PoolLimits { idle_timeout: SHORT, ..LIMITS }, |_| {}).await;
+    let rig = Rig::new(PoolLimits { max_sessions: 256, idle_timeout: SHORT, ..LIMITS }, |_| {}).await;
     rig.send_and_release().await;
     rig.server.wait_for(LIMIT, |seen| seen.count("QUIT") == 1).await.expect("QUIT");
     rig.all_closed().await;

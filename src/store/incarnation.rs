@@ -240,7 +240,7 @@ async fn keep(shared: Arc<Shared>, mut stopping: watch::Receiver<bool>, ending: 
 async fn take(store: &Store) -> Result<(PgConnection, i32), StoreError> {
     let pauses = ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_secs(5))
+        .with_max_delay(Duration::from_secs(2))
         .with_jitter()
         .without_max_times();
     (|| async {

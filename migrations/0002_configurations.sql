@@ -1,21 +1,21 @@
 -- Organizations with their feature flag, their SMTP configurations, and the audit log of the control commands.
 
 CREATE TABLE organizations (
-    organization_id text PRIMARY KEY CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
+    organization_id text COLLATE "C" PRIMARY KEY CHECK (organization_id ~ '^[A-Za-z0-9_-]{1,64}$'),
     custom_smtp boolean NOT NULL DEFAULT false,
     -- The highest version that any configuration of this organization ever had; deleting one does not reset it.
     smtp_version bigint NOT NULL DEFAULT 0 CHECK (smtp_version >= 0)
 );
 
 CREATE TABLE smtp_configs (
-    organization_id text PRIMARY KEY REFERENCES organizations,
+    organization_id text COLLATE "C" PRIMARY KEY REFERENCES organizations,
     version bigint NOT NULL CHECK (version > 0),
     from_email text NOT NULL,
     from_name text NOT NULL,
     host text NOT NULL,
     port integer NOT NULL CHECK (port BETWEEN 1 AND 65535),
     secure boolean NOT NULL,
-    -- AES-256-GCM, bound to this organization and this column (docs/decisions/0005-sealing.md).
+    -- AES-256-GCM, bound to this organization and this column (src/secrets/sealed.rs).
     username_sealed bytea NOT NULL,
     password_sealed bytea NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -31,7 +31,7 @@ CREATE TABLE audit (
     -- Who, as the command says; and as the broker has verified.
     actor text,
     user_id text,
-    organization_id text,
+    organization_id text COLLATE "C",
     command text NOT NULL,
     -- `ok`, or the code of the error that was answered.
     outcome text NOT NULL,

@@ -1,6 +1,8 @@
 //! What `sendoff check` can find out about the broker without changing anything on it.
 //! Guarantee: nothing is created; what cannot be seen over AMQP is said to be unseen, not passed.
 
+use std::time::Duration;
+
 use super::connection::{self, Access, BrokerError, Version};
 use super::topology::{self, Passive, Topology};
 
@@ -8,6 +10,9 @@ use super::topology::{self, Passive, Topology};
 const OLDEST: (u32, u32) = (3, 10);
 /// From here on a broker does not start without the feature flag `stream_queue`.
 const FLAG_REQUIRED_SINCE: (u32, u32) = (3, 12);
+
+/// For everything to be looked at.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// One line of the check.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +42,7 @@ pub async fn inspect(access: &Access, topology: &Topology) -> Result<Vec<Finding
     let connection = connection::open(access, "check").await?;
     let version = connection::version(access).await;
     let mut findings = vec![broker(access, version.as_ref()), dead_lettering(version.as_ref())];
-    let looked = look(&connection, topology, &mut findings).await;
+    let looked = connection::within(LIMIT, look(&connection, topology, &mut findings)).await;
     connection::close(&connection).await;
     looked.map(|()| findings)
 }

@@ -443,6 +443,18 @@ fn read_version(access: &Access) -> io::Result<Option<Version>> {
         .and_then(|v| Version::parse(&v)))
 }
 
+/// Awaits a one-off operation on a connection, but not for longer than `limit`: the library can leave one unanswered for
+/// good when the connection breaks under it.
+pub(super) async fn within<T, E: From<BrokerError>>(
+    limit: Duration,
+    operation: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::time::timeout(limit, operation).await.unwrap_or_else(|_| {
+        let detail = format!("no answer within {} s", limit.as_secs());
+        Err(BrokerError::Lost { detail }.into())
+    })
+}
+
 /// Closes a connection politely, but not for long.
 pub(super) async fn close(connection: &Connection) {
     // Whatever the answer, nothing is left to be done: the broker takes unsettled deliveries back either way.

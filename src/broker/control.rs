@@ -7,12 +7,11 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use lapin::Consumer;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
-use lapin::types::{FieldTable, ShortString};
+use lapin::options::{BasicAckOptions, BasicCancelOptions};
+use lapin::types::ShortString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::connection::BrokerError;
-use super::jobs::{Consuming, Intent};
+use super::jobs::{self, Consuming, Intent};
 use super::link::{self, LinkReceiver, Live};
 use super::publisher::Publisher;
 use super::topology::Names;
@@ -61,7 +60,7 @@ where
                 live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
             };
             let _consuming = self.consuming.enter();
-            match self.consume(&live).await {
+            match jobs::consume(&live, &self.names.control(), CONCURRENCY).await {
                 Ok((channel, mut consumer)) => {
                     pauses = link::pauses();
                     loop {
@@ -72,10 +71,10 @@ where
                                 let _cancelled = tokio::time::timeout(CANCEL_LIMIT, cancel).await;
                                 return;
                             }
-                            next = next_command(&slots, &mut consumer) => next,
+                            next = live.while_up(next_command(&slots, &mut consumer)) => next.flatten(),
                         };
                         let Some((slot, command)) = next else { break };
-                        self.accept(slot, command).await;
+                        self.accept(&live, slot, command).await;
                     }
                 }
                 Err(error) if live.is_up() => {
@@ -93,25 +92,9 @@ where
         }
     }
 
-    async fn consume(&self, live: &Live) -> Result<(lapin::Channel, Consumer), BrokerError> {
-        let queue = self.names.control();
-        let on = |error: lapin::Error| BrokerError::about(&format!("the queue {queue}"), &error);
-        let channel = live.connection.create_channel().await.map_err(on)?;
-        channel.basic_qos(CONCURRENCY, BasicQosOptions::default()).await.map_err(on)?;
-        let consumer = channel
-            .basic_consume(
-                queue.as_str().into(),
-                ShortString::default(),
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-            .map_err(on)?;
-        Ok((channel, consumer))
-    }
-
-    async fn accept(&self, slot: OwnedSemaphorePermit, command: Delivery) {
-        if !matches!(command.acker.ack(BasicAckOptions::default()).await, Ok(true)) {
+    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, command: Delivery) {
+        let acknowledged = live.while_up(command.acker.ack(BasicAckOptions::default())).await;
+        if !matches!(acknowledged, Some(Ok(true))) {
             // Not acknowledged, so it comes again: carrying it out now would be once too often.
             return;
         }

@@ -85,6 +85,7 @@ impl std::fmt::Debug for Unsettled {
 
 /// A consumer's channel. It stays open until the last delivery that came over it is settled.
 struct Session {
+    live: Arc<Live>,
     channel: Channel,
     label: String,
     on_drop: DropHook,
@@ -112,6 +113,13 @@ pub struct NotHandedOver {
     pub error: PublishError,
 }
 
+impl From<Option<lapin::Result<bool>>> for Settled {
+    /// `Ok(false)`: the channel had died before. An error or nothing: it died under the settlement.
+    fn from(outcome: Option<lapin::Result<bool>>) -> Self {
+        if matches!(outcome, Some(Ok(true))) { Self::Done } else { Self::ChannelLost }
+    }
+}
+
 impl Delivery {
     /// The message.
     pub fn received(&self) -> &Received {
@@ -131,7 +139,7 @@ impl Delivery {
     /// Puts the message back into its queue, at its old place as far as possible.
     pub async fn requeue(mut self) -> Settled {
         match self.unsettled.take() {
-            Some(unsettled) => requeue(&unsettled.acker).await,
+            Some(unsettled) => requeue(&unsettled.session, &unsettled.acker).await,
             None => Settled::ChannelLost,
         }
     }
@@ -172,11 +180,8 @@ impl Delivery {
 
     async fn settle_by_ack(&mut self) -> Settled {
         let Some(unsettled) = self.unsettled.take() else { return Settled::ChannelLost };
-        // `Ok(false)`: the channel had died before. An error: it died under the acknowledgement.
-        match unsettled.acker.ack(BasicAckOptions::default()).await {
-            Ok(true) => Settled::Done,
-            Ok(false) | Err(_) => Settled::ChannelLost,
-        }
+        let acknowledged = unsettled.acker.ack(BasicAckOptions::default());
+        Settled::from(unsettled.session.live.while_up(acknowledged).await)
     }
 }
 
@@ -186,17 +191,14 @@ impl Drop for Delivery {
         (session.on_drop)(&session.label);
         let runtime = session.runtime.clone();
         runtime.spawn(async move {
-            let _settled = requeue(&acker).await;
-            drop(session);
+            let _settled = requeue(&session, &acker).await;
         });
     }
 }
 
-async fn requeue(acker: &Acker) -> Settled {
-    match acker.nack(BasicNackOptions { multiple: false, requeue: true }).await {
-        Ok(true) => Settled::Done,
-        Ok(false) | Err(_) => Settled::ChannelLost,
-    }
+async fn requeue(session: &Session, acker: &Acker) -> Settled {
+    let requeued = acker.nack(BasicNackOptions { multiple: false, requeue: true });
+    Settled::from(session.live.while_up(requeued).await)
 }
 
 /// The deliveries of one queue. Losses of the connection show only as a silence.
@@ -286,7 +288,7 @@ impl Feed {
                 live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
             };
             let _consuming = self.consuming.enter();
-            match self.start(&live).await {
+            match self.start(live.clone()).await {
                 Ok((session, consumer)) => {
                     pauses = link::pauses();
                     if !self.pump(session, consumer, &out).await {
@@ -303,21 +305,11 @@ impl Feed {
         }
     }
 
-    async fn start(&self, live: &Live) -> Result<(Arc<Session>, Consumer), BrokerError> {
+    async fn start(&self, live: Arc<Live>) -> Result<(Arc<Session>, Consumer), BrokerError> {
         let queue = self.source.queue(&self.names);
-        let on = |error: lapin::Error| BrokerError::about(&format!("the queue {queue}"), &error);
-        let channel = live.connection.create_channel().await.map_err(on)?;
-        channel.basic_qos(self.prefetch, BasicQosOptions::default()).await.map_err(on)?;
-        let consumer = channel
-            .basic_consume(
-                queue.as_str().into(),
-                ShortString::default(),
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-            .map_err(on)?;
+        let (channel, consumer) = consume(&live, &queue, self.prefetch).await?;
         let session = Session {
+            live,
             channel,
             label: self.source.label().to_owned(),
             on_drop: self.on_drop.clone(),
@@ -367,7 +359,7 @@ impl Feed {
                     hand_back(&session, consumer).await;
                     return false;
                 }
-                next = consumer.next() => next,
+                next = session.live.while_up(consumer.next()) => next.flatten(),
             };
             match next {
                 Some(Ok(mut delivery)) if delivery.acker.usable() => {
@@ -379,6 +371,28 @@ impl Feed {
                 Some(Err(_)) | None => return true,
             }
         }
+    }
+}
+
+/// Consumes a queue over a channel of its own, every message to be acknowledged.
+pub(super) async fn consume(
+    live: &Live,
+    queue: &str,
+    prefetch: u16,
+) -> Result<(Channel, Consumer), BrokerError> {
+    let work = async {
+        let channel = live.connection.create_channel().await?;
+        channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+        let options = BasicConsumeOptions::default();
+        let (tag, arguments) = (ShortString::default(), FieldTable::default());
+        let consumer = channel.basic_consume(queue.into(), tag, options, arguments).await?;
+        Ok((channel, consumer))
+    };
+    match live.while_up(work).await {
+        Some(consuming) => {
+            consuming.map_err(|error| BrokerError::about(&format!("the queue {queue}"), &error))
+        }
+        None => Err(BrokerError::Lost { detail: "before consuming began".to_owned() }),
     }
 }
 
@@ -403,7 +417,7 @@ async fn hand_back(session: &Session, mut consumer: Consumer) {
         }
         // After the broker's cancel-ok nothing more comes in, and the stream ends behind what is there.
         while let Some(Ok(delivery)) = consumer.next().await {
-            let _settled = requeue(&delivery.acker).await;
+            let _settled = requeue(session, &delivery.acker).await;
         }
     };
     if tokio::time::timeout(HAND_BACK_LIMIT, work).await.is_err() {

@@ -20,6 +20,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(8);
 /// A connection that stood for so long starts the pauses anew.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
+/// For the whole topology to be declared: some thirty answers, each of which may wait for a queue's replicas.
+const DECLARE_LIMIT: Duration = Duration::from_secs(60);
 /// How often the connection's state is looked at beside the library's events.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -81,13 +83,32 @@ pub(super) struct Live {
     pub connection: Connection,
     topology: Arc<Topology>,
     declaring: Arc<Mutex<()>>,
+    lost: watch::Sender<bool>,
 }
 
 impl Live {
     /// Declares everything, one declarer at a time in this process.
     pub async fn declare(&self) -> Result<(), BrokerError> {
-        let _turn = self.declaring.lock().await;
-        self.topology.declare_on(&self.connection).await
+        let work = async {
+            let _turn = self.declaring.lock().await;
+            self.topology.declare_on(&self.connection).await
+        };
+        let detail = || "declaring the topology got no answer".to_owned();
+        match tokio::time::timeout(DECLARE_LIMIT, self.while_up(work)).await {
+            Ok(Some(declared)) => declared,
+            Ok(None) | Err(_) => Err(BrokerError::Lost { detail: detail() }),
+        }
+    }
+
+    /// Awaits an operation on this connection; `None` when the connection is lost first. The library can leave an operation
+    /// unanswered for good that was asked for just as the connection broke, so nothing may wait for one without this.
+    pub async fn while_up<T>(&self, operation: impl Future<Output = T>) -> Option<T> {
+        let mut lost = self.lost.subscribe();
+        tokio::select! {
+            biased;
+            outcome = operation => Some(outcome),
+            _ = lost.wait_for(|lost| *lost) => None,
+        }
     }
 
     pub fn is_up(&self) -> bool {
@@ -125,6 +146,7 @@ impl Link {
         }
         if let Some(live) = link.send_replace(None) {
             connection::close(&live.connection).await;
+            live.lost.send_replace(true);
         }
         self.report(Some("closed".into()));
     }
@@ -143,6 +165,7 @@ impl Link {
                     self.report(None);
                     let reason: Arc<str> = self.watch(&live, events).await.into();
                     link.send_replace(None);
+                    live.lost.send_replace(true);
                     tracing::warn!(role = self.role.as_str(), %reason, "lost the connection to RabbitMQ");
                     self.report(Some(reason.clone()));
                     outage = Some((Instant::now(), reason));
@@ -167,7 +190,12 @@ impl Link {
     async fn establish(&self) -> Result<Arc<Live>, BrokerError> {
         let connection = connection::open(&self.access, self.role.as_str()).await?;
         let topology = self.topology.clone();
-        let live = Arc::new(Live { connection, topology, declaring: self.declaring.clone() });
+        let live = Arc::new(Live {
+            connection,
+            topology,
+            declaring: self.declaring.clone(),
+            lost: watch::channel(false).0,
+        });
         match live.declare().await {
             Ok(()) => Ok(live),
             Err(error) => {

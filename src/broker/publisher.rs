@@ -229,11 +229,11 @@ impl Publisher {
         let deadline = Instant::now() + self.patience;
         let _permit = permit(&self.shared.permits, deadline, self.patience).await?;
         let (live, channel) = self.channel(deadline).await?;
-        let outcome = match tokio::time::timeout_at(deadline, send(&channel, &message)).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                Err(PublishError::Lost { target: message.target(), detail: "none came in time".to_owned() })
-            }
+        let lost = |detail: &str| PublishError::Lost { target: message.target(), detail: detail.to_owned() };
+        let outcome = match tokio::time::timeout_at(deadline, live.while_up(send(&channel, &message))).await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(lost("the connection was lost")),
+            Err(_) => Err(lost("none came in time")),
         };
         // A channel is used again only when nothing of it is on its way: dropped, it closes itself.
         if matches!(outcome, Ok(()) | Err(PublishError::Unroutable { .. })) && channel.status().connected() {
@@ -257,11 +257,11 @@ impl Publisher {
             if let Some(channel) = self.shared.reuse(&live) {
                 return Ok((live, channel));
             }
-            let opening = topology::open_confirming_channel(&live.connection);
+            let opening = live.while_up(topology::open_confirming_channel(&live.connection));
             match tokio::time::timeout_at(deadline, opening).await.map_err(unavailable)? {
-                Ok(channel) => return Ok((live, channel)),
+                Some(Ok(channel)) => return Ok((live, channel)),
                 // The connection is on its way out, or has no channel left: nothing was sent, so it may be tried again.
-                Err(_) => {
+                Some(Err(_)) | None => {
                     let pause = pauses.next().unwrap_or(PATIENCE);
                     tokio::time::timeout_at(deadline, tokio::time::sleep(pause))
                         .await

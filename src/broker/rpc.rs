@@ -18,6 +18,8 @@ use super::topology::{self, Names};
 
 /// RabbitMQ's pseudo-queue: replies reach this channel without a queue being declared.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+/// Beyond a command's own deadline: opening channels, and the look at who takes commands.
+const SLACK: Duration = Duration::from_secs(5);
 /// For a job to be confirmed.
 const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
 
@@ -51,7 +53,9 @@ pub async fn call(
     timeout: Duration,
 ) -> Result<Vec<u8>, RpcError> {
     let connection = connection::open(access, "command").await?;
-    let reply = call_on(&connection, access, &Names::new(prefix).control(), command, timeout).await;
+    let queue = Names::new(prefix).control();
+    let calling = call_on(&connection, access, &queue, command, timeout);
+    let reply = connection::within(timeout + SLACK, calling).await;
     connection::close(&connection).await;
     reply
 }
@@ -146,7 +150,7 @@ impl JobSender {
             .with_content_type("application/json".into())
             .with_message_id(id.to_string().into())
             .with_timestamp(u64::try_from(now.unix_timestamp()).unwrap_or(0));
-        let channel = confirming_channel(&self.connection).await?;
+        let channel = connection::within(SLACK, confirming_channel(&self.connection)).await?;
         let unrouted = Unrouted::Fails;
         let message = Outgoing { exchange: &exchange, routing_key, body, properties, unrouted };
         match tokio::time::timeout(CONFIRM_LIMIT, publisher::send(&channel, &message)).await {
@@ -166,6 +170,10 @@ impl JobSender {
     /// # Errors
     /// [`BrokerError`]
     pub async fn follow(&self, id: Uuid) -> Result<Follower, BrokerError> {
+        connection::within(SLACK, self.listen(id)).await
+    }
+
+    async fn listen(&self, id: Uuid) -> Result<Follower, BrokerError> {
         let exchange = self.names.events();
         let on = |error: lapin::Error| BrokerError::about(&format!("the exchange {exchange}"), &error);
         let channel = self.connection.create_channel().await.map_err(on)?;

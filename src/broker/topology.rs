@@ -2,6 +2,7 @@
 //! Guarantee: declaring is idempotent and deletes nothing; what exists with other settings is named, not changed.
 
 use std::fmt;
+use std::time::Duration;
 
 use lapin::options::{
     ConfirmSelectOptions, ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
@@ -20,6 +21,9 @@ const LANE_DELIVERY_LIMIT: i64 = 100;
 const DEAD_DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// A command whose sender has stopped waiting is not to be carried out.
 const COMMAND_TTL_MS: i64 = 60_000;
+
+/// For a declaration from the command line as a whole.
+const ONE_OFF_LIMIT: Duration = Duration::from_secs(60);
 
 /// Names under one prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -230,10 +234,11 @@ impl Topology {
     /// [`BrokerError::Conflict`] names an object that exists with other settings.
     pub async fn declare(&self, access: &Access, previous: &[(String, String)]) -> Result<(), BrokerError> {
         let connection = connection::open(access, "topology").await?;
-        let declared = match self.declare_on(&connection).await {
-            Ok(()) => self.unbind_leftovers(&connection, previous).await,
-            Err(error) => Err(error),
+        let work = async {
+            self.declare_on(&connection).await?;
+            self.unbind_leftovers(&connection, previous).await
         };
+        let declared = connection::within(ONE_OFF_LIMIT, work).await;
         connection::close(&connection).await;
         declared
     }

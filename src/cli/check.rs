@@ -7,11 +7,11 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 
-use super::connect;
 use super::exit::Done;
 use super::output;
 use crate::broker::{self, Standing};
 use crate::egress::{AllowedPorts, Egress, EgressError, EgressPolicy, ServerHost};
+use crate::parts;
 use crate::secrets::KeyRing;
 use crate::settings::{Settings, SettingsError};
 use crate::store::{OLDEST_SERVER, SchemaState, Store, StoreError};
@@ -124,7 +124,7 @@ fn keys(settings: &Settings, report: &mut Report) -> std::io::Result<Option<Arc<
 }
 
 async fn database(settings: &Settings, keys: Option<&KeyRing>, report: &mut Report) -> anyhow::Result<()> {
-    let store = connect::store(settings)?;
+    let store = parts::store(settings, parts::COMMAND_CONNECTIONS)?;
     let server = match server(&store).await {
         Ok(server) => server,
         Err(error) => return Ok(report.add("database", Status::Failed, error.to_string())?),
@@ -190,11 +190,11 @@ async fn stored_keys(store: &Store, keys: &KeyRing) -> Result<String, String> {
 }
 
 async fn look_at_broker(settings: &Settings, report: &mut Report) -> anyhow::Result<()> {
-    let access = match connect::broker(settings) {
+    let access = match parts::access(settings) {
         Ok(access) => access,
         Err(error) => return Ok(report.add("broker", Status::Failed, format!("{error:#}"))?),
     };
-    match broker::inspect(&access, &connect::topology(settings)).await {
+    match broker::inspect(&access, &parts::topology(settings)).await {
         Err(error) => report.add("broker", Status::Failed, error.to_string())?,
         Ok(findings) => {
             let mut bad: BTreeMap<String, Vec<String>> = BTreeMap::new();

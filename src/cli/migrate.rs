@@ -4,9 +4,9 @@
 use anyhow::{Context, bail};
 use clap::Args;
 
-use super::connect;
 use super::exit::Done;
 use super::output;
+use crate::parts;
 use crate::settings::Settings;
 use crate::store::SchemaState;
 
@@ -19,7 +19,7 @@ pub(super) struct MigrateArgs {
 }
 
 pub(super) async fn run(args: &MigrateArgs, settings: &Settings) -> anyhow::Result<Done> {
-    let store = connect::store(settings)?;
+    let store = parts::store(settings, parts::COMMAND_CONNECTIONS)?;
     let missing = match store.schema_state().await.context("looking at the schema")? {
         SchemaState::Current => 0,
         SchemaState::Behind(missing) => missing,

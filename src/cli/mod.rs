@@ -3,7 +3,6 @@
 //! quietly; no password is ever an argument.
 
 mod check;
-mod connect;
 mod exit;
 mod job;
 mod keys;

@@ -4,10 +4,10 @@
 use anyhow::Context;
 use clap::{Args, Subcommand};
 
-use super::connect;
 use super::exit::Done;
 use super::output;
 use crate::broker::{Argument, Destination, Kind, Topology, Value};
+use crate::parts;
 use crate::settings::Settings;
 use crate::store::{LaneBinding, SchemaState};
 
@@ -40,9 +40,9 @@ pub(super) struct ShowArgs {
 }
 
 pub(super) async fn declare(args: &DeclareArgs, settings: &Settings) -> anyhow::Result<Done> {
-    let topology = connect::topology(settings);
-    let access = connect::broker(settings)?;
-    let store = connect::store(settings)?;
+    let topology = parts::topology(settings);
+    let access = parts::access(settings)?;
+    let store = parts::store(settings, parts::COMMAND_CONNECTIONS)?;
     let prefix = &settings.amqp.prefix;
     if let SchemaState::Behind(_) = store.schema_state().await.context("looking at the schema")? {
         store.migrate().await.context("migrating")?;
@@ -78,7 +78,7 @@ pub(super) async fn declare(args: &DeclareArgs, settings: &Settings) -> anyhow::
 }
 
 pub(super) fn show(args: &ShowArgs, settings: &Settings) -> anyhow::Result<Done> {
-    let topology = connect::topology(settings);
+    let topology = parts::topology(settings);
     if args.json {
         output::json(&topology)?
     } else {

@@ -1,6 +1,8 @@
 //! `job.status`: the ledger's answer about one job of an organization, or of the platform.
 //! Guarantee: a job is shown to the organization that it belongs to only; no address, subject or body.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -8,13 +10,15 @@ use uuid::Uuid;
 
 use super::error::{Code, ControlError};
 use super::fields::required;
-use super::{Call, Control, Done, READ_LIMIT};
+use super::{Call, Control, Done};
 use crate::model::failure::Reason;
 use crate::model::job::JobKey;
 use crate::model::ledger::{AttemptRecord, JobStatus, State};
 use crate::model::organization::OrganizationId;
 
 pub(super) const PARAMS: &[&str] = &["id"];
+
+const ANSWER_LIMIT: Duration = Duration::from_secs(8);
 
 /// The contract's answer (section 7).
 #[derive(Serialize)]
@@ -35,7 +39,7 @@ impl Control {
     pub(super) async fn job_status(&self, call: &Call<'_>) -> Result<Done, ControlError> {
         let id = required("id", call.request.params.value("id", "must be a UUID")?)?;
         let key = JobKey { organization: call.request.organization.clone(), id };
-        let asked = tokio::time::timeout(READ_LIMIT, (self.jobs)(key.clone()));
+        let asked = tokio::time::timeout(ANSWER_LIMIT, self.store.job_status(&key));
         let status = asked.await.map_err(|_| ControlError::unavailable())??;
         let unknown = || {
             ControlError::new(Code::NotFound, "The ledger knows no such job of this organization").field("id")

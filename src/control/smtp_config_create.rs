@@ -9,7 +9,7 @@ use super::{Call, Control, Done};
 use crate::egress::ServerHost;
 use crate::model::event::What;
 use crate::model::smtp_settings::Credentials;
-use crate::store::smtp_configs::NewSmtpConfig;
+use crate::store::NewSmtpConfig;
 
 pub(super) const PARAMS: &[&str] = smtp_params::NAMES;
 impl Control {

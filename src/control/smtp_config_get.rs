@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use super::error::ControlError;
 use super::{Call, Control, Done};
 use crate::model::organization::OrganizationId;
-use crate::store::smtp_configs::SmtpConfig;
+use crate::store::SmtpConfig;
 
 impl Control {
     /// Works with the flag off too: an admin must see what is left to delete.

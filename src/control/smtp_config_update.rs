@@ -8,8 +8,7 @@ use super::smtp_params::SmtpParams;
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
 use crate::model::event::What;
-use crate::store::ChangeError;
-use crate::store::smtp_configs::{SmtpConfig, SmtpConfigPatch};
+use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
 pub(super) const PARAMS: &[&str] =
     &["from_email", "from_name", "host", "port", "username", "password", "secure", "if_version"];

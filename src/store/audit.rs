@@ -1,10 +1,15 @@
 //! Who asked for what, and what came of it: one row for each control command.
 //! Guarantee: an entry has no room for a value that a command carried; it names fields only.
 
+use std::time::Duration;
+
 use sqlx::PgConnection;
 
 use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
+
+/// An entry of its own; nobody's change depends on it.
+const INSERT_LIMIT: Duration = Duration::from_millis(500);
 
 /// One row of the audit log.
 #[derive(Debug, Clone, Copy)]
@@ -29,8 +34,7 @@ impl Store {
     /// # Errors
     /// When the database does not take it.
     pub async fn record_audit(&self, entry: AuditEntry<'_>) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
-        Ok(insert(&mut connection, entry).await?)
+        self.on_session_within(INSERT_LIMIT, async |session| insert(session, entry).await).await
     }
 }
 

@@ -159,11 +159,10 @@ async fn answer_all<W: Work>(work: Arc<W>, batch: Vec<Entry<W>>) {
         match work.run(&requests).await {
             Ok(answers) => {
                 let again = deliver(&*work, part, answers);
-                if again.is_empty() {
-                } else if round < ROUNDS_MAX {
-                    parts.push((again, round + 1));
-                } else {
+                if round == ROUNDS_MAX {
                     refuse(again, &StoreError::Internal("a row kept changing under the statement".into()));
+                } else if !again.is_empty() {
+                    parts.push((again, round + 1));
                 }
             }
             Err(error @ StoreError::Unavailable(_)) => {
@@ -210,15 +209,26 @@ fn refuse<W: Work>(entries: Vec<Entry<W>>, error: &StoreError) {
 mod tests {
     use std::sync::Mutex;
 
+    use futures_util::future::join_all;
     use tokio::sync::Semaphore;
 
     use super::*;
 
-    /// Doubles numbers; refuses batches that hold 13; leaves 7 unanswered the first time; runs when it is let.
+    /// Refused together with whatever is in its batch.
+    const POISON: u32 = 13;
+    /// Makes the database go away.
+    const OUTAGE: u32 = 99;
+    /// Gets no answer the first time.
+    const LATE: u32 = 7;
+    /// Never gets an answer.
+    const NEVER: u32 = 77;
+
+    /// Doubles numbers, one batch for each permit.
+    #[derive(Clone)]
     struct Doubler {
         batches: Arc<Mutex<Vec<Vec<u32>>>>,
         undelivered: Arc<Mutex<Vec<u32>>>,
-        turnstile: Arc<Semaphore>,
+        permits: Arc<Semaphore>,
     }
 
     impl Work for Doubler {
@@ -232,17 +242,18 @@ mod tests {
         }
 
         async fn run(&self, requests: &[&u32]) -> Result<Vec<Option<u32>>, StoreError> {
-            self.turnstile.acquire().await.expect("never closed").forget();
             let asked: Vec<u32> = requests.iter().map(|number| **number).collect();
-            let seen_before = self.batches.lock().unwrap().iter().flatten().any(|number| *number == 7);
+            let late = !self.batches().iter().flatten().any(|number| *number == LATE);
             self.batches.lock().unwrap().push(asked.clone());
-            if asked.contains(&13) {
-                return Err(StoreError::Internal("thirteen".into()));
-            }
-            if asked.contains(&99) {
+            self.permits.acquire().await.expect("never closed").forget();
+            if asked.contains(&OUTAGE) {
                 return Err(StoreError::Unavailable("away".into()));
             }
-            Ok(asked.iter().map(|number| (*number != 7 || seen_before).then_some(number * 2)).collect())
+            if asked.contains(&POISON) {
+                return Err(StoreError::Internal("thirteen".into()));
+            }
+            let answered = |number: u32| number != NEVER && (number != LATE || !late);
+            Ok(asked.iter().map(|number| answered(*number).then_some(number * 2)).collect())
         }
 
         fn undelivered(&self, request: u32, _: u32) {
@@ -250,107 +261,147 @@ mod tests {
         }
     }
 
-    type Log = Arc<Mutex<Vec<Vec<u32>>>>;
+    impl Doubler {
+        fn start(permits: usize) -> (Self, Batcher<Self>) {
+            let work = Self {
+                batches: Arc::default(),
+                undelivered: Arc::default(),
+                permits: Arc::new(Semaphore::new(permits)),
+            };
+            (work.clone(), Batcher::start(work, Arc::new(|_| ())))
+        }
 
-    fn doubler(permits: usize) -> (Batcher<Doubler>, Log, Arc<Mutex<Vec<u32>>>, Arc<Semaphore>) {
-        let batches = Log::default();
-        let undelivered = Arc::default();
-        let turnstile = Arc::new(Semaphore::new(permits));
-        let work = Doubler {
-            batches: Arc::clone(&batches),
-            undelivered: Arc::clone(&undelivered),
-            turnstile: Arc::clone(&turnstile),
-        };
-        (Batcher::start(work, Arc::new(|_| ())), batches, undelivered, turnstile)
+        fn batches(&self) -> Vec<Vec<u32>> {
+            self.batches.lock().unwrap().clone()
+        }
+
+        /// Lets the other tasks run until so many batches are at work or done.
+        async fn begun(&self, batches: usize) {
+            while self.batches().len() < batches {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 
-    async fn ask_all(batcher: &Batcher<Doubler>, numbers: &[u32]) -> Vec<Result<u32, StoreError>> {
-        futures_util::future::join_all(numbers.iter().map(|number| batcher.ask(*number))).await
+    type Asking = tokio::task::JoinHandle<Result<u32, StoreError>>;
+
+    /// Puts a request into the queue.
+    fn ask(batcher: &Batcher<Doubler>, number: u32) -> Asking {
+        let batcher = batcher.clone();
+        tokio::spawn(async move { batcher.ask(number).await })
+    }
+
+    async fn answers(asking: impl IntoIterator<Item = Asking>) -> Vec<Result<u32, StoreError>> {
+        join_all(asking).await.into_iter().map(Result::unwrap).collect()
     }
 
     #[tokio::test]
-    async fn a_lone_request_is_answered_at_once_and_what_queues_meanwhile_goes_together_sorted() {
-        let (batcher, batches, _, turnstile) = doubler(0);
-        let numbers = [5, 3, 9, 1, 3];
-        let asked = ask_all(&batcher, &numbers);
-        let run = async {
-            tokio::task::yield_now().await;
-            turnstile.add_permits(100);
-        };
-        let (answers, ()) = tokio::join!(asked, run);
-        assert_eq!(answers.into_iter().map(Result::unwrap).collect::<Vec<_>>(), [10, 6, 18, 2, 6]);
-        let batches = batches.lock().unwrap();
-        assert!(batches.iter().all(|batch| batch.windows(2).all(|pair| pair[0] < pair[1])), "{batches:?}");
-        assert_eq!(batches.iter().map(Vec::len).sum::<usize>(), 5);
-        assert!(batches.len() < 5, "{batches:?}");
+    async fn a_lone_request_goes_at_once_and_what_queues_meanwhile_goes_together_sorted() {
+        let (work, batcher) = Doubler::start(0);
+        let first = ask(&batcher, 50);
+        work.begun(1).await;
+        let second = ask(&batcher, 40);
+        work.begun(2).await;
+        let rest: Vec<_> = [5, 3, 9, 50, 3, 1].map(|number| ask(&batcher, number)).into();
+        tokio::task::yield_now().await;
+        work.permits.add_permits(100);
+        answers([first, second]).await;
+        let doubled: Vec<u32> = answers(rest).await.into_iter().map(Result::unwrap).collect();
+        assert_eq!(doubled, [10, 6, 18, 100, 6, 2]);
+        let batches = work.batches();
+        assert_eq!(batches[..2], [vec![50], vec![40]]);
+        assert!(batches[2].starts_with(&[1, 3, 5, 9]), "{batches:?}");
+        assert_eq!(batches.iter().map(Vec::len).sum::<usize>(), 8);
+    }
+
+    #[tokio::test]
+    async fn a_key_at_work_is_not_put_into_another_batch() {
+        let (work, batcher) = Doubler::start(0);
+        let asking: Vec<_> = (0..4).map(|_| ask(&batcher, 1)).collect();
+        work.begun(1).await;
+        // A second slot is free, and the next one is used for another key.
+        let other = ask(&batcher, 2);
+        work.begun(2).await;
+        assert_eq!(work.batches(), [[1], [2]]);
+        work.permits.add_permits(100);
+        assert!(answers(asking).await.into_iter().all(|answer| answer.is_ok_and(|answer| answer == 2)));
+        other.await.unwrap().unwrap();
+        assert_eq!(work.batches(), [[1], [2], [1], [1], [1]]);
     }
 
     #[tokio::test]
     async fn a_poisoned_request_fails_alone() {
-        let (batcher, ..) = doubler(100);
-        let numbers: Vec<u32> = (10..20).collect();
-        for (number, answer) in numbers.iter().zip(ask_all(&batcher, &numbers).await) {
+        let (work, batcher) = Doubler::start(0);
+        let held: Vec<_> = [100, 101].map(|number| ask(&batcher, number)).into();
+        work.begun(1).await;
+        let asking: Vec<_> = (10..20).map(|number| ask(&batcher, number)).collect();
+        tokio::task::yield_now().await;
+        work.permits.add_permits(100);
+        answers(held).await;
+        for (number, answer) in (10..20).zip(answers(asking).await) {
             match number {
-                13 => assert!(matches!(answer, Err(StoreError::Internal(_)))),
+                POISON => assert!(matches!(answer, Err(StoreError::Internal(_)))),
                 _ => assert_eq!(answer.unwrap(), number * 2),
             }
         }
     }
 
     #[tokio::test]
-    async fn a_missing_answer_is_looked_for_again() {
-        let (batcher, ..) = doubler(100);
-        assert_eq!(batcher.ask(7).await.unwrap(), 14);
+    async fn a_missing_answer_is_looked_for_again_but_not_for_ever() {
+        let (work, batcher) = Doubler::start(100);
+        assert_eq!(batcher.ask(LATE).await.unwrap(), 2 * LATE);
+        assert_eq!(work.batches().len(), 2);
+        assert!(matches!(batcher.ask(NEVER).await, Err(StoreError::Internal(_))));
     }
 
     #[tokio::test]
     async fn a_database_that_is_away_is_not_asked_row_by_row() {
-        let (batcher, batches, ..) = doubler(100);
+        let (work, batcher) = Doubler::start(0);
+        let held = [ask(&batcher, 1), ask(&batcher, 2)];
+        work.begun(1).await;
+        let asking: Vec<_> = [OUTAGE, POISON, 10, 11].map(|number| ask(&batcher, number)).into();
+        tokio::task::yield_now().await;
+        work.permits.add_permits(100);
+        answers(held).await;
+        let answers = answers(asking).await;
         assert!(
-            ask_all(&batcher, &[97, 98, 99])
-                .await
-                .iter()
-                .any(|answer| matches!(answer, Err(StoreError::Unavailable(_))))
+            answers.iter().all(|answer| matches!(answer, Err(StoreError::Unavailable(_)))),
+            "{answers:?}"
         );
-        assert!(batches.lock().unwrap().len() <= 3);
+        assert!(work.batches().len() <= 4);
     }
 
     #[tokio::test]
-    async fn an_answer_whose_caller_has_gone_is_given_back() {
-        let (batcher, batches, undelivered, turnstile) = doubler(0);
-        let asking = tokio::spawn({
-            let batcher = batcher.clone();
-            async move { batcher.ask(4).await }
-        });
-        // Both slots are taken by 4 and 5, so 6 waits in the queue until its caller goes.
-        let second = tokio::spawn({
-            let batcher = batcher.clone();
-            async move { batcher.ask(5).await }
-        });
-        while turnstile.available_permits() == 0 && batches.lock().unwrap().is_empty() {
-            tokio::task::yield_now().await;
-            if asking.is_finished() {
-                break;
-            }
-            asking.abort();
-        }
-        turnstile.add_permits(100);
-        assert_eq!(second.await.unwrap().unwrap(), 10);
-        assert_eq!(batcher.ask(6).await.unwrap(), 12);
-        let taken = batches.lock().unwrap().iter().flatten().any(|number| *number == 4);
-        assert_eq!(undelivered.lock().unwrap().contains(&4), taken);
+    async fn a_caller_that_went_away_is_left_out_or_its_answer_is_given_back() {
+        let (work, batcher) = Doubler::start(0);
+        let (at_work, other) = (ask(&batcher, 1), ask(&batcher, 2));
+        work.begun(1).await;
+        at_work.abort();
+        assert!(at_work.await.is_err());
+        // One that has to wait for the same key, and is gone before its turn comes.
+        let waiting = ask(&batcher, 1);
+        tokio::task::yield_now().await;
+        waiting.abort();
+        assert!(waiting.await.is_err());
+        work.permits.add_permits(100);
+        other.await.unwrap().unwrap();
+        batcher.ask(3).await.unwrap();
+        assert_eq!(*work.undelivered.lock().unwrap(), [1]);
+        assert_eq!(work.batches().iter().flatten().filter(|number| **number == 1).count(), 1);
     }
 
     #[tokio::test]
-    async fn a_key_at_work_is_not_put_into_a_second_batch() {
-        let (batcher, batches, _, turnstile) = doubler(1);
-        let (first, rest) = tokio::join!(batcher.ask(1), async {
-            let asked = ask_all(&batcher, &[1, 1, 1]);
-            turnstile.add_permits(100);
-            asked.await
-        });
-        assert_eq!(first.unwrap(), 2);
-        assert_eq!(rest.into_iter().map(Result::unwrap).collect::<Vec<_>>(), [2, 2, 2]);
-        assert_eq!(*batches.lock().unwrap(), vec![vec![1]; 4]);
+    async fn no_batch_is_larger_than_the_bound() {
+        let (work, batcher) = Doubler::start(0);
+        let held = ask(&batcher, 10_000);
+        work.begun(1).await;
+        let numbers = (100..100 + 3 * u32::try_from(BATCH_MAX).unwrap()).filter(|number| *number != NEVER);
+        let asking: Vec<_> = numbers.map(|number| ask(&batcher, number)).collect();
+        tokio::task::yield_now().await;
+        work.permits.add_permits(100);
+        held.await.unwrap().unwrap();
+        assert!(answers(asking).await.iter().all(Result::is_ok));
+        assert!(work.batches().iter().all(|batch| batch.len() <= BATCH_MAX));
+        assert!(work.batches().iter().any(|batch| batch.len() == BATCH_MAX));
     }
 }

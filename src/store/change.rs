@@ -5,16 +5,23 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::time::Duration;
 
-use sqlx::{Postgres, Transaction};
+use sqlx::pool::PoolConnection;
+use sqlx::{PgConnection, Postgres};
 
 use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 
-/// Everything before the commit. A lock held by somebody else ends sooner, in the database.
+/// Everything before the commit. A lock held by somebody else ends the wait sooner, in the database.
 const PREPARE_LIMIT: Duration = Duration::from_secs(2);
 const COMMIT_LIMIT: Duration = Duration::from_secs(2);
+const ROLLBACK_LIMIT: Duration = Duration::from_secs(1);
+const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '1500ms'";
 
-pub(super) type Tx = Transaction<'static, Postgres>;
+/// An open transaction. Dropped without an end, it closes its connection: one that did not answer is of no more use.
+pub(super) struct Tx {
+    connection: PoolConnection<Postgres>,
+    open: bool,
+}
 
 /// Why a change was not made. `R`: what the caller's own rule, asked under the lock, refuses with.
 #[derive(Debug, thiserror::Error)]
@@ -50,25 +57,67 @@ impl<R> From<sqlx::Error> for ChangeError<R> {
     }
 }
 
-/// Opens the transaction of a change.
-pub(super) async fn begin(store: &Store) -> Result<Tx, sqlx::Error> {
-    let mut tx = store.pool.begin().await?;
-    sqlx::query("SET LOCAL lock_timeout = '1500ms'").execute(&mut *tx).await?;
-    Ok(tx)
+impl Tx {
+    pub(super) async fn begin(store: &Store) -> Result<Self, sqlx::Error> {
+        let mut tx = Self { connection: store.pool.acquire().await?, open: true };
+        sqlx::raw_sql(BEGIN).execute(tx.connection()).await?;
+        Ok(tx)
+    }
+
+    pub(super) fn connection(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    /// Takes the organization's row for update, making it when there is none. Every change of an organization takes
+    /// this lock first, so two changes neither overlap nor deadlock.
+    pub(super) async fn lock(&mut self, organization: &OrganizationId) -> Result<(), sqlx::Error> {
+        sqlx::query("INSERT INTO organizations (organization_id) VALUES ($1) ON CONFLICT DO NOTHING")
+            .bind(organization.as_str())
+            .execute(self.connection())
+            .await?;
+        sqlx::query("SELECT 1 FROM organizations WHERE organization_id = $1 FOR UPDATE")
+            .bind(organization.as_str())
+            .execute(self.connection())
+            .await?;
+        Ok(())
+    }
+
+    /// Keeps the transaction for its commit when the work in it went well; takes everything back when it did not.
+    pub(super) async fn keep<T, R>(
+        mut self,
+        done: Result<T, ChangeError<R>>,
+    ) -> Result<(Self, T), ChangeError<R>> {
+        match done {
+            Ok(value) => Ok((self, value)),
+            Err(error) => {
+                let rollback = sqlx::raw_sql("ROLLBACK").execute(self.connection());
+                let ended = tokio::time::timeout(ROLLBACK_LIMIT, rollback).await;
+                self.open = !matches!(ended, Ok(Ok(_)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Commits. A failure here leaves it open what has become of the change.
+    pub(super) async fn commit<R>(mut self) -> Result<(), ChangeError<R>> {
+        let commit = sqlx::raw_sql("COMMIT").execute(self.connection());
+        match tokio::time::timeout(COMMIT_LIMIT, commit).await {
+            Ok(Ok(_)) => {
+                self.open = false;
+                Ok(())
+            }
+            Ok(Err(error)) => Err(ChangeError::Unknown(error.to_string())),
+            Err(_) => Err(ChangeError::Unknown(format!("no answer within {} s", COMMIT_LIMIT.as_secs()))),
+        }
+    }
 }
 
-/// Takes the organization's row for update, making it when there is none. Every change of an organization takes this
-/// lock first, so two changes neither overlap nor deadlock.
-pub(super) async fn lock(tx: &mut Tx, organization: &OrganizationId) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO organizations (organization_id) VALUES ($1) ON CONFLICT DO NOTHING")
-        .bind(organization.as_str())
-        .execute(&mut **tx)
-        .await?;
-    sqlx::query("SELECT 1 FROM organizations WHERE organization_id = $1 FOR UPDATE")
-        .bind(organization.as_str())
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
+impl Drop for Tx {
+    fn drop(&mut self) {
+        if self.open {
+            self.connection.close_on_drop();
+        }
+    }
 }
 
 /// Runs what precedes the commit, no longer than it may take.
@@ -81,14 +130,5 @@ pub(super) async fn prepare<T, R>(
             let detail = format!("no answer within {} s", PREPARE_LIMIT.as_secs());
             Err(ChangeError::Store(StoreError::Unavailable(detail)))
         }
-    }
-}
-
-/// Commits. A failure here leaves it open what has become of the change.
-pub(super) async fn commit<R>(tx: Tx) -> Result<(), ChangeError<R>> {
-    match tokio::time::timeout(COMMIT_LIMIT, tx.commit()).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(ChangeError::Unknown(error.to_string())),
-        Err(_) => Err(ChangeError::Unknown(format!("no answer within {} s", COMMIT_LIMIT.as_secs()))),
     }
 }

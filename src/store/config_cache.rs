@@ -1,6 +1,6 @@
 //! Opened configurations in memory, so that a send asks the database for none.
 //! Guarantee: what [`ConfigCache::confirm`] returns was read no earlier than what it was asked to confirm; one load per
-//! organization at a time; never more organizations than the capacity.
+//! organization at a time, whose failure is everybody's who waited for it; never more organizations than the capacity.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use super::smtp_configs::{RouteFacts, SmtpConfigs};
 use crate::model::organization::OrganizationId;
 
 /// Organizations held by default; the one loaded first goes first.
-pub const DEFAULT_CAPACITY: usize = 20_000;
+pub const CONFIG_CACHE_CAPACITY: usize = 20_000;
 
 /// The cache. Organizations without configuration are held too. Cheap to clone; all clones are one cache.
 #[derive(Clone)]
@@ -36,8 +36,8 @@ struct Slots {
 struct Slot {
     age: u64,
     held: Mutex<Option<Held>>,
-    /// Taken during a load.
-    loading: tokio::sync::Mutex<()>,
+    /// Taken during a load; holds the last one's number and error, if it failed.
+    loading: tokio::sync::Mutex<Option<(u64, StoreError)>>,
 }
 
 #[derive(Clone)]
@@ -58,7 +58,7 @@ impl ConfigCache {
     /// # Errors
     /// When the database does not answer; the next call tries again.
     pub async fn get(&self, organization: &OrganizationId) -> Result<Arc<RouteFacts>, StoreError> {
-        self.facts(organization, |_| true).await
+        self.facts(organization, |_, _| true).await
     }
 
     /// The organization's facts, at least as new as a claim's answer that said `custom_smtp` and `config_version`.
@@ -71,8 +71,7 @@ impl ConfigCache {
         custom_smtp: bool,
         config_version: Option<i64>,
     ) -> Result<Arc<RouteFacts>, StoreError> {
-        let begun = self.0.loads.load(Ordering::Acquire);
-        self.facts(organization, |held| {
+        self.facts(organization, |held, begun| {
             let equal =
                 held.facts.custom_smtp == custom_smtp && held.facts.config_version() == config_version;
             // Versions never restart, so a higher one was read later.
@@ -115,23 +114,37 @@ impl ConfigCache {
         }
     }
 
+    /// `good` is told what is held, and the number of the last load that had begun before this call.
     async fn facts(
         &self,
         organization: &OrganizationId,
-        good: impl Fn(&Held) -> bool,
+        good: impl Fn(&Held, u64) -> bool,
     ) -> Result<Arc<RouteFacts>, StoreError> {
+        let begun = self.0.loads.load(Ordering::Acquire);
         let slot = self.slots().get_or_insert(organization, self.0.capacity);
-        if let Some(held) = slot.held().filter(&good) {
+        if let Some(held) = slot.held().filter(|held| good(held, begun)) {
             return Ok(held.facts);
         }
-        let _loading = slot.loading.lock().await;
-        if let Some(held) = slot.held().filter(&good) {
+        let mut failed = slot.loading.lock().await;
+        if let Some(held) = slot.held().filter(|held| good(held, begun)) {
             return Ok(held.facts);
+        }
+        // Or all who wait would try one after the other, each as long as the database does not answer.
+        if let Some((_, error)) = failed.as_ref().filter(|(load, _)| *load > begun) {
+            return Err(error.clone());
         }
         let load = self.0.loads.fetch_add(1, Ordering::AcqRel) + 1;
-        let facts = Arc::new(self.0.configs.load_for_sending(organization).await?);
-        slot.hold(Held { facts: facts.clone(), load });
-        Ok(facts)
+        match self.0.configs.load_for_sending(organization).await {
+            Ok(facts) => {
+                let facts = Arc::new(facts);
+                slot.hold(Held { facts: facts.clone(), load });
+                Ok(facts)
+            }
+            Err(error) => {
+                *failed = Some((load, error.clone()));
+                Err(error)
+            }
+        }
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -151,7 +164,7 @@ impl Slots {
         }
         let age = self.next_age;
         self.next_age += 1;
-        let slot = Arc::new(Slot { age, held: Mutex::new(None), loading: tokio::sync::Mutex::new(()) });
+        let slot = Arc::new(Slot { age, held: Mutex::new(None), loading: tokio::sync::Mutex::new(None) });
         self.by_organization.insert(organization.clone(), slot.clone());
         self.by_age.insert(age, organization.clone());
         slot

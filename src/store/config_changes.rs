@@ -68,7 +68,7 @@ impl ConfigChanges {
             .max_lifetime(None)
             .idle_timeout(None)
             .acquire_timeout(LONGEST_PAUSE)
-            .connect_lazy_with(self.store.options.clone());
+            .connect_lazy_with(self.store.options.clone().application_name("sendoff listener"));
         let mut listener = PgListener::connect_with(&pool).await?;
         // A reconnection is made here, so that it is followed by a reset.
         listener.eager_reconnect(false);

@@ -3,7 +3,7 @@
 
 use super::Store;
 use super::audit::{self, AuditEntry};
-use super::change::{self, ChangeError};
+use super::change::{self, ChangeError, Tx};
 use crate::model::organization::OrganizationId;
 
 impl Store {
@@ -17,17 +17,27 @@ impl Store {
         enabled: bool,
         audit: AuditEntry<'_>,
     ) -> Result<(), ChangeError> {
-        let tx = change::prepare(async {
-            let mut tx = change::begin(self).await?;
-            change::lock(&mut tx, organization).await?;
-            sqlx::query("UPDATE organizations SET custom_smtp = $2 WHERE organization_id = $1")
-                .bind(organization.as_str())
-                .bind(enabled)
-                .execute(&mut *tx)
-                .await?;
-            audit::insert(&mut tx, audit).await?;
-            Ok(tx)
+        let prepared = change::prepare(async {
+            let mut tx = Tx::begin(self).await?;
+            let done = set(&mut tx, organization, enabled, audit).await;
+            tx.keep(done).await
         });
-        change::commit(tx.await?).await
+        let (tx, ()) = prepared.await?;
+        tx.commit().await
     }
+}
+
+async fn set(
+    tx: &mut Tx,
+    organization: &OrganizationId,
+    enabled: bool,
+    audit: AuditEntry<'_>,
+) -> Result<(), ChangeError> {
+    tx.lock(organization).await?;
+    sqlx::query("UPDATE organizations SET custom_smtp = $2 WHERE organization_id = $1")
+        .bind(organization.as_str())
+        .bind(enabled)
+        .execute(tx.connection())
+        .await?;
+    Ok(audit::insert(tx.connection(), audit).await?)
 }

@@ -40,7 +40,7 @@ impl Store {
             )
             .bind(&after)
             .bind(PAGE);
-            let rows = self.bounded(page.fetch_all(&self.pool)).await?;
+            let rows = self.on_session(async |session| page.fetch_all(session).await).await?;
             let Some(last) = rows.last() else { return Ok(report) };
             after = last.try_get("organization_id")?;
             for row in &rows {

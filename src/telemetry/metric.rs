@@ -24,6 +24,8 @@ const CONTROL_COMMANDS: &str = "sendoff_control_commands_total";
 const LEDGER_BATCH: &str = "sendoff_ledger_batch_size";
 const BROKER_CONNECTED: &str = "sendoff_broker_connected";
 const DATABASE_UP: &str = "sendoff_database_up";
+const SETTLES_MISSED: &str = "sendoff_settles_missed_total";
+const DELIVERIES_DROPPED: &str = "sendoff_deliveries_dropped_total";
 const BUILD_INFO: &str = "sendoff_build_info";
 
 /// From published to sent, in seconds: a retry schedule reaches into hours.
@@ -139,6 +141,8 @@ fn describe() {
     describe_histogram!(LEDGER_BATCH, "Rows in one statement of the ledger");
     describe_gauge!(BROKER_CONNECTED, "1 while connected to RabbitMQ");
     describe_gauge!(DATABASE_UP, "1 while PostgreSQL answers");
+    describe_counter!(SETTLES_MISSED, "Outcomes not recorded because another worker had taken the job over");
+    describe_counter!(DELIVERIES_DROPPED, "Deliveries dropped unsettled, which went back to their queue");
     describe_gauge!(BUILD_INFO, "1, with the running version");
 }
 
@@ -295,6 +299,16 @@ pub fn ledger_batch(rows: usize) {
     if let Some(hot) = HOT.get() {
         hot.batch.record(lossy(rows));
     }
+}
+
+/// An outcome was not recorded because another worker had taken the job over.
+pub fn settle_missed() {
+    counter!(SETTLES_MISSED).increment(1);
+}
+
+/// A delivery was dropped unsettled, by a panic say, and went back to its queue.
+pub fn delivery_dropped() {
+    counter!(DELIVERIES_DROPPED).increment(1);
 }
 
 /// Whether RabbitMQ is connected.

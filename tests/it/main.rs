@@ -1,6 +1,8 @@
-//! Black box, against real services: one binary, so that it links once.
+//! Black-box tests against real services, in one binary.
 
 mod broker;
 mod cli;
+mod configs;
+mod delivery;
 mod ledger;
 mod support;

@@ -186,6 +186,10 @@ fn a_value_that_version_1_does_not_allow_is_named_by_its_path() {
             "bcc[0].name: has a display name",
         ),
         (with("reply_to", json!(["a@localhost"])), "reply_to[0]: has a domain"),
+        (
+            with("reply_to", json!(["a@b.c", "a@b.c", "a@b.c", "a@b.c", "a@b.c", "a@b.c"])),
+            "reply_to: 6 mailboxes",
+        ),
         (with("subject", json!(subject)), "subject: is longer than 5000 characters"),
         (calendar("CANCEL", INVITE), "calendar.method: is CANCEL, but the content has another METHOD"),
         (calendar("REQUEST", "METHOD:REQUEST"), "calendar.content: must begin with BEGIN:VCALENDAR"),

@@ -1,6 +1,8 @@
 //! From the JSON shape to the model: every rule of contract section 3 that the shape alone cannot express.
 //! Guarantee: a job comes out whole or not at all.
 
+use std::collections::HashSet;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
@@ -21,6 +23,8 @@ const FILENAME_MAX: usize = 255;
 const CONTENT_TYPE_MAX: usize = 200;
 /// Longest content id, in bytes.
 const CONTENT_ID_MAX: usize = 200;
+/// No attachment's own headers and delimiter are shorter than this, in bytes.
+const FILE_HEADERS_MIN: usize = 140;
 /// Longest group, in characters.
 const GROUP_MAX: usize = 255;
 
@@ -66,6 +70,12 @@ pub(super) fn job(body: JobBody, body_hash: [u8; 32], limits: &WireLimits) -> Re
 }
 
 fn recipient_count(body: &JobBody, max: usize) -> Result<(), Fault> {
+    if body.reply_to.len() > max {
+        let count = body.reply_to.len();
+        return Err(Fault::malformed(format!(
+            "reply_to: {count} mailboxes are given, at most {max} allowed"
+        )));
+    }
     match body.to.len() + body.cc.len() + body.bcc.len() {
         0 => Err(Fault::malformed("to, cc, bcc: at least one recipient must be given")),
         count if count > max => {
@@ -156,9 +166,6 @@ fn attachments(list: Vec<AttachmentBody>) -> Result<Vec<Attachment>, Fault> {
         content_type(&body.content_type).map_err(|fault| refuse("content_type", fault))?;
         if let Some(id) = &body.content_id {
             content_id(id).map_err(|fault| refuse("content_id", fault))?;
-            if attachments.iter().any(|other| other.content_id.as_ref() == Some(id)) {
-                return Err(refuse("content_id", "is the same as another attachment's; each must be unique"));
-            }
         }
         let content = decoded(body.content_base64).map_err(|fault| refuse("content_base64", &fault))?;
         attachments.push(Attachment {
@@ -168,7 +175,19 @@ fn attachments(list: Vec<AttachmentBody>) -> Result<Vec<Attachment>, Fault> {
             content_id: body.content_id,
         });
     }
+    unique_content_ids(&attachments)?;
     Ok(attachments)
+}
+
+fn unique_content_ids(attachments: &[Attachment]) -> Result<(), Fault> {
+    let mut seen = HashSet::new();
+    for (index, attachment) in attachments.iter().enumerate() {
+        if attachment.content_id.as_ref().is_some_and(|id| !seen.insert(id)) {
+            let fault = "is the same as another attachment's; each must be unique";
+            return Err(Fault::malformed(format!("attachments[{index}].content_id: {fault}")));
+        }
+    }
+    Ok(())
 }
 
 fn decoded(mut encoded: String) -> Result<Vec<u8>, String> {
@@ -275,11 +294,13 @@ fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revis
     Ok(Some(Revision { group, sequence }))
 }
 
-/// Refuses what no composition can bring under the limit: the calendar is carried twice, and files grow by a third.
+/// Refuses what no composition can bring under the limit: the calendar is carried twice, and files grow by a third and
+/// have headers of their own.
 fn size(job: &Job, max: usize) -> Result<(), Fault> {
     let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
     let calendar = job.calendar.as_ref().map_or(0, |calendar| calendar.content.len() * 2);
-    let files: usize = job.attachments.iter().map(|file| file.content.len().div_ceil(3) * 4).sum();
+    let files: usize =
+        job.attachments.iter().map(|file| FILE_HEADERS_MIN + file.content.len().div_ceil(3) * 4).sum();
     let least = length(&job.text) + length(&job.html) + calendar + files;
     if least > max {
         return Err(Fault {

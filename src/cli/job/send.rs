@@ -14,13 +14,13 @@ use uuid::Uuid;
 use super::super::worker::duration;
 use crate::broker::wire::{self, WireLimits};
 use crate::broker::{Follower, JobSender};
-use crate::cli::connect;
 use crate::cli::exit::Done;
 use crate::cli::output;
 use crate::clock::Clock;
 use crate::model::job::Job;
 use crate::model::lanes::Lane;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 /// The kind of a job that a person sends by hand.
@@ -97,7 +97,7 @@ pub(in crate::cli) async fn run(args: &SendArgs, settings: &Settings) -> anyhow:
     let lane = lane(args.lane.as_deref(), &settings.amqp.lanes)?;
     let routing_key = routing_key(lane, &job.kind);
 
-    let access = connect::broker(settings)?;
+    let access = parts::access(settings)?;
     let sender = JobSender::connect(&access, &settings.amqp.prefix).await?;
     let followed = if args.wait { Some(sender.follow(job.key.id).await?) } else { None };
     sender.publish(&routing_key, job.key.id, clock.now(), &body).await?;

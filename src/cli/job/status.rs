@@ -7,13 +7,13 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use crate::cli::connect;
 use crate::cli::exit::Done;
 use crate::cli::output;
 use crate::control::job_status_json;
 use crate::model::job::JobKey;
 use crate::model::ledger::JobStatus;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 #[derive(Debug, Args)]
@@ -33,7 +33,7 @@ pub(in crate::cli) struct StatusArgs {
 }
 
 pub(in crate::cli) async fn run(args: &StatusArgs, settings: &Settings) -> anyhow::Result<Done> {
-    let store = connect::store(settings)?;
+    let store = parts::store(settings, parts::COMMAND_CONNECTIONS)?;
     let found = match &args.org {
         Some(org) => {
             let key = JobKey { organization: Some(org.clone()), id: args.id };

@@ -10,10 +10,10 @@ use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
-use super::connect;
 use super::exit::Done;
 use crate::broker;
 use crate::model::organization::OrganizationId;
+use crate::parts;
 use crate::settings::Settings;
 
 /// Replies come within 10 s (contract section 4); the rest is the way there and back.
@@ -48,7 +48,7 @@ async fn call(
     org: &OrganizationId,
     params: Map<String, Value>,
 ) -> anyhow::Result<Value> {
-    let access = connect::broker(settings)?;
+    let access = parts::access(settings)?;
     let request = json!({
         "command": command, "organization_id": org, "actor": actor(), "params": params,
     });

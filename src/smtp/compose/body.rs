@@ -10,6 +10,8 @@ const PLAIN_LINE_MAX: usize = 78;
 const ENCODED_LINE_MAX: usize = 76;
 /// Bytes that make an encoded line of 76 characters.
 const BASE64_LINE_BYTES: usize = 57;
+/// A line that begins so is changed by whoever keeps mail in mbox files (RFC 4155), unless it is encoded.
+const MBOX_SEPARATOR: &[u8] = b"From ";
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
 /// How a part's content travels.
@@ -49,6 +51,7 @@ struct Survey {
     longest_line: usize,
     equals: usize,
     unprintable: usize,
+    separators: usize,
 }
 
 impl Survey {
@@ -57,6 +60,7 @@ impl Survey {
         for line in lines(text) {
             survey.longest_line = survey.longest_line.max(line.len());
             survey.breaks += 1;
+            survey.separators += usize::from(line.starts_with(MBOX_SEPARATOR));
             for &byte in line {
                 survey.equals += usize::from(byte == b'=');
                 survey.unprintable += usize::from(!matches!(byte, b'\t' | b' '..=b'~'));
@@ -66,7 +70,7 @@ impl Survey {
     }
 
     fn is_plain(&self) -> bool {
-        self.unprintable == 0 && self.longest_line <= PLAIN_LINE_MAX
+        self.unprintable + self.separators == 0 && self.longest_line <= PLAIN_LINE_MAX
     }
 
     fn shorter(&self) -> Encoding {
@@ -113,6 +117,7 @@ fn write_quoted_printable(out: &mut Vec<u8>, line: &[u8]) {
     for (index, &byte) in line.iter().enumerate() {
         let is_last = index + 1 == line.len();
         let literal = match byte {
+            b'F' if index == 0 => !line.starts_with(MBOX_SEPARATOR),
             b'!'..=b'<' | b'>'..=b'~' => true,
             // White space at a line's end is stripped on the way.
             b' ' | b'\t' => !is_last,

@@ -81,7 +81,8 @@ pub fn compose(
 fn estimate(job: &Job) -> usize {
     let length = |text: &Option<String>| text.as_ref().map_or(0, |text| text.len() + text.len() / 2);
     let calendar = job.calendar.as_ref().map_or(0, |calendar| calendar.content.len() * 3);
-    let files: usize = job.attachments.iter().map(|file| file.content.len() / 7 * 10 + 1024).sum();
+    let files: usize =
+        job.attachments.iter().map(|file| file.content.len() / 7 * 10 + file.filename.len() * 6 + 512).sum();
     let addresses = (job.to.len() + job.cc.len() + job.reply_to.len()) * 80;
     let headers: usize = job.headers.iter().map(|(name, value)| name.len() + value.len() + 16).sum();
     3072 + length(&job.text)

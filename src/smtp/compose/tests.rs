@@ -70,6 +70,7 @@ fn assert_wire_safe(message: &[u8]) {
     let longest =
         message.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line).len()).max();
     assert!(longest <= Some(998), "{longest:?}");
+    assert!(!message.windows(6).any(|bytes| bytes == b"\nFrom "), "an mbox separator");
 }
 
 fn parsed(message: &[u8]) -> Message<'_> {
@@ -345,6 +346,7 @@ fn dots_long_lines_and_odd_line_ends_survive() {
         ("a\nb\rc\r\n\r\rd\n\n".to_owned(), "a\r\nb\r\nc\r\n\r\n\r\nd\r\n\r\n".to_owned()),
         (format!("{}\n", "x".repeat(10_000)), format!("{}\r\n", "x".repeat(10_000))),
         (format!("{} \n", "ä".repeat(10_000)), format!("{} \r\n", "ä".repeat(10_000))),
+        ("From us\nFrom here\n".to_owned(), "From us\r\nFrom here\r\n".to_owned()),
         ("trailing \t\nspace ".to_owned(), "trailing \t\r\nspace ".to_owned()),
         (String::new(), String::new()),
     ] {
@@ -360,6 +362,7 @@ fn dots_long_lines_and_odd_line_ends_survive() {
 fn the_shorter_encoding_is_chosen() {
     for (text, encoding) in [
         ("short and plain\n".repeat(50), Encoding::SevenBit),
+        ("From here on\n".to_owned(), Encoding::QuotedPrintable),
         ("x".repeat(79), Encoding::QuotedPrintable),
         ("Grüße aus Köln\n".to_owned(), Encoding::QuotedPrintable),
         ("予約の確認\n".repeat(20), Encoding::Base64),

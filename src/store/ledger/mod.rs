@@ -50,8 +50,10 @@ impl Ledger {
             Settles { store: store.clone(), grants: Arc::clone(&grants) },
             Arc::clone(&observer),
         );
-        let gates =
-            Batcher::start(Gates { store: store.clone(), grants: Arc::clone(&grants) }, Arc::clone(&observer));
+        let gates = Batcher::start(
+            Gates { store: store.clone(), grants: Arc::clone(&grants) },
+            Arc::clone(&observer),
+        );
         let claims = Claims {
             store,
             incarnations: incarnations.clone(),

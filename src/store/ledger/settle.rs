@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use super::super::batch::Work;
-use super::super::{STATEMENT_BOUND, Store, StoreError};
+use super::super::{Store, StoreError};
 use super::grants::{Grants, Token};
 use super::{RowKey, organization_text, row_key, stored_count, without_nul};
 use crate::model::ledger::{AttemptRecord, Settle, SettleAnswer, Settlement, State};
@@ -83,9 +83,7 @@ impl Work for Settles {
 
     async fn run(&self, requests: &[&SettleRequest]) -> Result<Vec<Option<SettleAnswer>>, StoreError> {
         let settles: Vec<&Settle> = requests.iter().map(|request| &request.settle).collect();
-        let mut session = self.store.session().await?;
-        let statement = tokio::time::timeout(STATEMENT_BOUND, settle(session.connection(), &settles)).await;
-        let recorded = session.end(statement)?;
+        let recorded = self.store.on_session(async |session| settle(session, &settles).await).await?;
         let answers = requests.iter().enumerate().map(|(position, request)| {
             self.grants.end(&request.settle.key, request.token);
             Some(match recorded.get(&position) {
@@ -131,7 +129,10 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
 }
 
 /// Whether each settle is recorded, by its position; no entry where there is no row.
-async fn settle(session: &mut PgConnection, settles: &[&Settle]) -> Result<HashMap<usize, bool>, sqlx::Error> {
+async fn settle(
+    session: &mut PgConnection,
+    settles: &[&Settle],
+) -> Result<HashMap<usize, bool>, sqlx::Error> {
     let outcomes: Vec<Outcome<'_>> = settles.iter().map(|settle| outcome(&settle.outcome)).collect();
     let next_turn =
         settles.iter().zip(&outcomes).map(|(s, o)| if o.hand_over { s.turn.next().0 } else { s.turn.0 });
@@ -159,7 +160,8 @@ async fn settle(session: &mut PgConnection, settles: &[&Settle]) -> Result<HashM
     rows.iter()
         .map(|row| {
             let position: i64 = row.try_get("position")?;
-            let position = usize::try_from(position - 1).map_err(|error| sqlx::Error::Decode(error.into()))?;
+            let position =
+                usize::try_from(position - 1).map_err(|error| sqlx::Error::Decode(error.into()))?;
             Ok((position, row.try_get("recorded")?))
         })
         .collect()

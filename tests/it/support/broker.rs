@@ -88,12 +88,21 @@ pub fn lanes() -> Vec<Lane> {
 impl TestBroker {
     /// A fresh prefix, nothing declared yet.
     pub async fn new(name: &str, delays_s: &[u32]) -> Self {
+        Self::with_lanes(name, lanes(), delays_s).await
+    }
+
+    /// A fresh prefix with the notifications' lane only: fewer queues to declare.
+    pub async fn with_lane(name: &str, delays_s: &[u32]) -> Self {
+        Self::with_lanes(name, lanes().into_iter().take(1).collect(), delays_s).await
+    }
+
+    async fn with_lanes(name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
         let prefix =
             format!("t{}.{name}", uuid::Uuid::from_u64_pair(std::process::id().into(), unique()).simple());
         let settings = BrokerSettings {
             access: access(),
             prefix: prefix.clone(),
-            lanes: lanes(),
+            lanes,
             delays_s: delays_s.to_vec(),
         };
         let connection =
@@ -142,6 +151,17 @@ impl TestBroker {
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
         declared.ok().map(|queue| queue.message_count())
+    }
+
+    /// Waits until so many consumers are on a queue.
+    pub async fn wait_consumers(&self, queue: &str, consumers: u32) {
+        eventually(&format!("{consumers} consumers of {queue}"), async || {
+            let channel = self.connection.create_channel().await.expect("a channel");
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
+            let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
+            declared.is_ok_and(|queue| queue.consumer_count() == consumers)
+        })
+        .await;
     }
 
     /// Waits until a queue has so many ready messages.

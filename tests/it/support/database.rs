@@ -44,6 +44,11 @@ impl TestDatabase {
         Self { url: url_of(&server, &name), name, server }
     }
 
+    /// Its name: no other test's on this server.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its URL.
     pub fn url(&self) -> SecretString {
         self.url.clone().into()

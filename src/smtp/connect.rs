@@ -168,10 +168,6 @@ impl SmtpConnector {
         self.configs.lock().expect("no panic holds it").remove(destination);
     }
 
-    pub(super) fn options(&self) -> &SmtpOptions {
-        &self.options
-    }
-
     fn client_config(&self, destination: &Destination) -> Arc<ClientConfig> {
         let mut configs = self.configs.lock().expect("no panic holds it");
         if configs.len() >= CACHED_CONFIGS_MAX && !configs.contains_key(destination) {

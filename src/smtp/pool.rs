@@ -156,6 +156,16 @@ impl Pool {
         let _ = timeout(limit, join_all(sessions.map(Session::quit))).await;
     }
 
+    /// Closes the session that has been idle for longest, to make room for another destination's; whether there was one.
+    pub fn close_longest_idle(&self) -> bool {
+        let session = self.0.longest_idle();
+        let found = session.is_some();
+        if let Some(session) = session {
+            tokio::spawn(session.quit());
+        }
+        found
+    }
+
     /// Sessions that wait for a message.
     pub fn idle(&self) -> usize {
         self.0.counts.idle.load(Ordering::Relaxed)
@@ -199,6 +209,19 @@ impl Inner {
         let idle = slot.idle().pop()?;
         self.counts.idle.fetch_sub(1, Ordering::Relaxed);
         Some(idle.session)
+    }
+
+    fn longest_idle(&self) -> Option<Session> {
+        let slots = self.slots();
+        let oldest = |slot: &Arc<Slot>| slot.idle().first().map(|idle| idle.since);
+        let (_, slot) =
+            slots.values().filter_map(|slot| Some((oldest(slot)?, slot))).min_by_key(|found| found.0)?;
+        let mut idle = slot.idle();
+        if idle.is_empty() {
+            return None;
+        }
+        self.counts.idle.fetch_sub(1, Ordering::Relaxed);
+        Some(idle.remove(0).session)
     }
 
     fn retire(&self, slot: &Slot) -> Vec<Session> {

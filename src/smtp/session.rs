@@ -415,6 +415,7 @@ impl Answers {
             Step::Rset if !reply.is_success() => return Err(Stop::broken(Phase::Rset, reply.into_fault())),
             Step::Rset => {}
             Step::Mail if reply.is_refusal() => self.mail = Some(reply),
+            Step::Rcpt(..) if self.mail.is_some() => {}
             Step::Rcpt(index, _) if reply.is_refusal() => self.refused.push((index, reply.to_model())),
             Step::Mail | Step::Rcpt(..) if !reply.is_success() => {
                 return Err(Stop::broken(step.phase(), reply.into_fault()));

@@ -76,6 +76,8 @@ pub(super) struct Channel {
     swallows_ehlo: bool,
     /// The last complete reply, until it is taken.
     reply: Option<RawReply>,
+    /// A write failed: what the server said before is read, then the channel is broken.
+    is_dying: bool,
     /// Why nothing more can be done here.
     broken: Option<Fault>,
     body: Body,
@@ -93,6 +95,7 @@ impl Channel {
             handed: Vec::new(),
             swallows_ehlo: false,
             reply: None,
+            is_dying: false,
             broken: None,
             body: Body::Off,
             since: Instant::now(),
@@ -120,13 +123,18 @@ impl Channel {
         if !self.inbox.is_empty() {
             return Err(protocol("the server spoke before it was asked"));
         }
-        let mut bytes = line.as_bytes();
+        match self.write(line.as_bytes()).await {
+            Ok(()) => self.read_reply().await,
+            Err(_) => Err(poll_fn(|cx| self.poll_loss(cx)).await),
+        }
+    }
+
+    async fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let written = poll_fn(|cx| self.poll_io_write(cx, bytes)).await.map_err(|_| self.loss())?;
+            let written = poll_fn(|cx| self.poll_io_write(cx, bytes)).await?;
             bytes = &bytes[written..];
         }
-        poll_fn(|cx| self.poll_io_flush(cx)).await.map_err(|_| self.loss())?;
-        self.read_reply().await
+        poll_fn(|cx| self.poll_io_flush(cx)).await
     }
 
     /// Reads one reply.
@@ -155,10 +163,11 @@ impl Channel {
         self.since = Instant::now();
     }
 
-    /// The message is about to be written.
+    /// The message is about to be written. What the server has said behind its 354 ends the matter.
     pub fn begin_body(&mut self) {
-        self.begin_command();
+        self.begin_reply();
         self.body = Body::Sending;
+        self.is_dying = !self.inbox.is_empty();
     }
 
     /// Whether a byte of the final dot may have left.
@@ -188,7 +197,10 @@ impl Channel {
     /// Whether the server has neither said anything nor closed the connection since the last reply.
     pub fn is_quiet(&mut self) -> bool {
         let mut cx = Context::from_waker(Waker::noop());
-        self.broken.is_none() && self.inbox.is_empty() && self.poll_fill(&mut cx).is_pending()
+        self.broken.is_none()
+            && !self.is_dying
+            && self.inbox.is_empty()
+            && self.poll_fill(&mut cx).is_pending()
     }
 
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<RawReply, Fault>> {
@@ -277,14 +289,17 @@ impl Channel {
     }
 
     /// What a failed write means: the server may have said why before it went.
-    fn loss(&mut self) -> Fault {
-        let mut cx = Context::from_waker(Waker::noop());
-        while matches!(self.poll_fill(&mut cx), Poll::Ready(Ok(1..))) && self.inbox.len() <= INBOX_MAX {}
-        match self.next_reply() {
-            Ok(Some(reply)) => reply.into_fault(),
-            Ok(None) => Fault::Lost,
-            Err(fault) => fault,
+    fn poll_loss(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        self.is_dying = true;
+        match ready!(self.poll_reply(cx)) {
+            Ok(reply) => Poll::Ready(reply.into_fault()),
+            Err(fault) => Poll::Ready(fault),
         }
+    }
+
+    fn poll_break<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let fault = ready!(self.poll_loss(cx));
+        Poll::Ready(Err(self.break_with(fault)))
     }
 
     fn break_with(&mut self, fault: Fault) -> io::Error {
@@ -319,11 +334,13 @@ impl Channel {
         if let Some(fault) = self.broken.clone() {
             return Poll::Ready(Err(self.break_with(fault)));
         }
+        if self.is_dying {
+            return self.poll_break(cx);
+        }
         if self.body == Body::Flushed {
             // A reply that is here before the dot would be taken for the reply to the dot.
             if !self.is_quiet() {
-                let fault = self.loss();
-                return Poll::Ready(Err(self.break_with(fault)));
+                return self.poll_break(cx);
             }
             self.body = Body::Dotted;
             self.since = Instant::now();
@@ -335,14 +352,14 @@ impl Channel {
                 }
                 Poll::Ready(Ok(written))
             }
-            Err(_) => {
-                let fault = self.loss();
-                Poll::Ready(Err(self.break_with(fault)))
-            }
+            Err(_) => self.poll_break(cx),
         }
     }
 
     fn poll_client_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.is_dying {
+            return self.poll_break(cx);
+        }
         match ready!(self.poll_io_flush(cx)) {
             Ok(()) => {
                 if self.body == Body::Sending {
@@ -350,10 +367,7 @@ impl Channel {
                 }
                 Poll::Ready(Ok(()))
             }
-            Err(_) => {
-                let fault = self.loss();
-                Poll::Ready(Err(self.break_with(fault)))
-            }
+            Err(_) => self.poll_break(cx),
         }
     }
 

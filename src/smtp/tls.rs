@@ -168,6 +168,11 @@ impl ServerCertVerifier for Verifier {
                 verify_listed(end_entity, server_name, now)?;
                 Ok(ServerCertVerified::assertion())
             }
+            Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext { .. })) => {
+                let names =
+                    X509Certificate::from_der(end_entity).map(|(_, parsed)| alternative_names(&parsed));
+                Err(not_valid_for(server_name, names.unwrap_or_default()).into())
+            }
             other => other,
         }
     }

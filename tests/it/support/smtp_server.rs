@@ -214,15 +214,13 @@ impl Default for Behaviour {
 
 impl Behaviour {
     /// Adds a rule; of several that fit, the first one counts.
-    pub fn rule(&mut self, rule: Rule) -> &mut Self {
+    pub fn rule(&mut self, rule: Rule) {
         self.rules.push(rule);
-        self
     }
 
     /// Ends all misbehaviour by rule.
-    pub fn clear_rules(&mut self) -> &mut Self {
+    pub fn clear_rules(&mut self) {
         self.rules.clear();
-        self
     }
 
     fn action_at(&mut self, moment: &Moment<'_>) -> Option<Action> {
@@ -284,6 +282,8 @@ pub struct Session {
     pub tls: Option<String>,
     /// Name asked for in the handshake.
     pub sni: Option<String>,
+    /// The handshake resumed an earlier session.
+    pub resumed: bool,
     /// Messages taken.
     pub messages: usize,
     /// Commands that came ahead of a reply although PIPELINING was not offered.
@@ -303,6 +303,8 @@ pub struct Seen {
     pub sessions: Vec<Session>,
     /// Messages taken, also counted without `records`.
     pub message_count: usize,
+    /// Messages whose final dot came, taken or not.
+    pub final_dots: usize,
     /// AUTH commands.
     pub auth_attempts: usize,
 }
@@ -405,9 +407,7 @@ impl SmtpServer {
 
     /// Adds a rule.
     pub fn rule(&self, rule: Rule) {
-        self.change(|behaviour| {
-            behaviour.rule(rule);
-        });
+        self.change(|behaviour| behaviour.rule(rule));
     }
 
     /// Ends every connection that waits for a command, with these bytes said before.
@@ -469,6 +469,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
                     auth_payloads: Vec::new(),
                     tls: None,
                     sni: None,
+                    resumed: false,
                     messages: 0,
                     ahead_of_reply: 0,
                     body_bytes_lost: 0,
@@ -673,11 +674,13 @@ impl Dialogue {
         let connection = stream.get_ref().1;
         self.tls = connection.protocol_version().map(|version| format!("{version:?}"));
         let (tls, sni) = (self.tls.clone(), connection.server_name().map(str::to_owned));
+        let resumed = connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
         self.wire = Wire::Tls(Box::new(stream));
         let number = self.number;
         self.shared.note(|seen| {
             seen.sessions[number].tls = tls;
             seen.sessions[number].sni = sni;
+            seen.sessions[number].resumed = resumed;
         });
         Ok(())
     }
@@ -805,6 +808,7 @@ impl Dialogue {
 
     async fn final_dot(&mut self, transaction: Transaction, data: Vec<u8>) -> Result<(), End> {
         let at = Instant::now();
+        self.shared.note(|seen| seen.final_dots += 1);
         let answered = match self.action(Stage::FinalDot, "") {
             Some(Action::AcceptThenClose) => false,
             Some(action) => {

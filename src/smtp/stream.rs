@@ -17,13 +17,9 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
 
-use super::reply::{RawReply, protocol};
+use super::reply::{Inbox, RawReply, protocol};
 use crate::model::failure::Fault;
 
-/// Longest reply line, in bytes. RFC 5321 section 4.5.3.1.5 says 512; servers that explain themselves write more.
-const LINE_MAX: usize = 8 << 10;
-/// Longest reply in all, in bytes.
-const REPLY_MAX: usize = 64 << 10;
 /// Replies that may wait while we still write: enough for a thousand recipients in one pipelined envelope.
 const INBOX_MAX: usize = 512 << 10;
 const READ_CHUNK: usize = 4 << 10;
@@ -65,11 +61,8 @@ enum Body {
 /// One connection's guarded end.
 pub(super) struct Channel {
     io: Io,
-    /// Bytes that came and belong to no complete reply yet.
-    inbox: Vec<u8>,
-    /// Lines of the reply that is coming in.
-    lines: Vec<String>,
-    reply_bytes: usize,
+    /// What came and was not taken yet.
+    inbox: Inbox,
     /// What the SMTP client has yet to read.
     handed: Vec<u8>,
     /// The client's own EHLO goes nowhere: it was sent before.
@@ -89,9 +82,7 @@ impl Channel {
     pub fn new(io: Io) -> Self {
         Self {
             io,
-            inbox: Vec::new(),
-            lines: Vec::new(),
-            reply_bytes: 0,
+            inbox: Inbox::default(),
             handed: Vec::new(),
             swallows_ehlo: false,
             reply: None,
@@ -152,7 +143,7 @@ impl Channel {
     pub fn begin_command(&mut self) {
         self.begin_reply();
         self.body = Body::Off;
-        if !self.inbox.is_empty() || !self.lines.is_empty() {
+        if !self.inbox.is_empty() {
             self.broken = Some(protocol("the server spoke before it was asked"));
         }
     }
@@ -205,7 +196,7 @@ impl Channel {
 
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<RawReply, Fault>> {
         loop {
-            if let Some(reply) = self.next_reply()? {
+            if let Some(reply) = self.inbox.next_reply()? {
                 return Poll::Ready(Ok(reply));
             }
             match ready!(self.poll_fill(cx)) {
@@ -215,31 +206,6 @@ impl Channel {
         }
     }
 
-    /// Takes a reply out of the inbox if it is complete.
-    fn next_reply(&mut self) -> Result<Option<RawReply>, Fault> {
-        while let Some(end) = self.inbox.iter().take(LINE_MAX).position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.inbox.drain(..=end).collect();
-            self.reply_bytes += line.len();
-            if self.reply_bytes > REPLY_MAX {
-                return Err(protocol("the server's reply has no end"));
-            }
-            let line = line.strip_suffix(b"\n").unwrap_or(&line);
-            let line = line.strip_suffix(b"\r").unwrap_or(line);
-            let Some((code, last, text)) = reply_line(line) else {
-                return Err(protocol("the server sent a line that is not an SMTP reply"));
-            };
-            self.lines.push(String::from_utf8_lossy(text).into_owned());
-            if last {
-                self.reply_bytes = 0;
-                return Ok(Some(RawReply { code, lines: std::mem::take(&mut self.lines) }));
-            }
-        }
-        if self.inbox.len() >= LINE_MAX {
-            return Err(protocol("a line of the server's reply has no end"));
-        }
-        Ok(None)
-    }
-
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut chunk = [0; READ_CHUNK];
         let mut buffer = ReadBuf::new(&mut chunk);
@@ -247,7 +213,7 @@ impl Channel {
             Io::Plain(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
             Io::Tls(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
         })?;
-        self.inbox.extend_from_slice(buffer.filled());
+        self.inbox.push(buffer.filled());
         Poll::Ready(Ok(buffer.filled().len()))
     }
 
@@ -379,21 +345,6 @@ impl Channel {
     }
 }
 
-/// `250-text`, `250 text` or `250`: code, whether it is the last line, text.
-fn reply_line(line: &[u8]) -> Option<(u16, bool, &[u8])> {
-    let (digits, rest) = line.split_at_checked(3)?;
-    if !matches!(digits[0], b'2'..=b'5') || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let code = digits.iter().fold(0, |code, digit| code * 10 + u16::from(digit - b'0'));
-    match rest.split_first() {
-        None => Some((code, true, rest)),
-        Some((b' ', text)) => Some((code, true, text)),
-        Some((b'-', text)) => Some((code, false, text)),
-        Some(_) => None,
-    }
-}
-
 /// The reply in the form that the client library reads: it knows no second digit above 5.
 fn plain_form(code: u16) -> Vec<u8> {
     let (class, category, detail) = (code / 100, code / 10 % 10, code % 10);
@@ -465,25 +416,6 @@ impl AsyncWrite for ClientSide {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_a_reply_line_is_taken_for_one() {
-        assert_eq!(reply_line(b"250-a"), Some((250, false, &b"a"[..])));
-        assert_eq!(reply_line(b"571 no"), Some((571, true, &b"no"[..])));
-        assert_eq!(reply_line(b"250"), Some((250, true, &b""[..])));
-        for line in [
-            &b"HTTP/1.1 400 Bad Request"[..],
-            b"SSH-2.0-x",
-            b"25",
-            b"",
-            b"2500",
-            b"150 a",
-            b"600 a",
-            b"25a b",
-        ] {
-            assert_eq!(reply_line(line), None, "{}", String::from_utf8_lossy(line));
-        }
-    }
 
     #[test]
     fn the_client_library_reads_every_code_as_its_own_class() {

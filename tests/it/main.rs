@@ -5,4 +5,5 @@ mod cli;
 mod configs;
 mod delivery;
 mod ledger;
+mod smtp_sessions;
 mod support;

@@ -49,14 +49,17 @@ async fn a_message_goes_over_starttls_when_the_authority_is_listed() {
     let server = starttls_server(&authority.issue(&["127.0.0.1"])).await;
     let file = pem_file(authority.pem());
     let client = Client { extra_ca_files: vec![file.path().to_owned()], ..Client::default() };
-    let mut session = client.open(&required(&server)).await.expect("a session");
-    assert_accepted(&send(&mut session, 1).await);
-
-    let facts = session.facts().tls.clone().expect("TLS");
-    assert_eq!((facts.version, facts.issuer.as_str()), ("TLS 1.3", "CN=Test CA"));
-    assert_eq!(facts.expires_at.year(), 4096);
-    let seen = &server.messages()[0];
-    assert_eq!((seen.tls.as_deref(), seen.username.as_deref()), (Some("TLSv1_3"), Some("user")));
+    for tls in [TlsMode::Required, TlsMode::Opportunistic] {
+        let account = SmtpAccount { tls, ..required(&server) };
+        let mut session = client.open(&account).await.expect("a session");
+        assert_accepted(&send(&mut session, 1).await);
+        let facts = session.facts().tls.clone().expect("TLS");
+        assert_eq!((facts.version, facts.issuer.as_str()), ("TLS 1.3", "CN=Test CA"));
+        assert_eq!(facts.expires_at.year(), 4096);
+    }
+    let seen = server.messages();
+    assert!(seen.iter().all(|message| message.tls.as_deref() == Some("TLSv1_3")));
+    assert!(seen.iter().all(|message| message.username.as_deref() == Some("user")));
 }
 
 #[tokio::test]

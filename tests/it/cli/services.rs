@@ -4,6 +4,7 @@ use std::process::{Output, Stdio};
 use std::sync::Arc;
 
 use lapin::BasicProperties;
+use lapin::options::BasicPublishOptions;
 use secrecy::{ExposeSecret, SecretString};
 use sendoff::clock::Clock;
 use sendoff::control::{CommandMeta, Control, ControlRules};
@@ -72,7 +73,12 @@ impl House {
         let reply_to = command.properties.reply_to().as_ref().expect("a reply is wanted").to_string();
         let correlation = command.properties.correlation_id().clone().expect("a correlation id");
         let properties = BasicProperties::default().with_correlation_id(correlation);
-        self.broker.publish("", &reply_to, &response.to_json(), properties).await;
+        // Not as mandatory: the broker gives such a reply back although it delivers it.
+        let (channel, body) = (self.broker.channel().await, response.to_json());
+        let options = BasicPublishOptions::default();
+        let sent =
+            channel.basic_publish("".into(), reply_to.as_str().into(), options, &body, properties).await;
+        sent.expect("published").await.expect("confirmed");
         serde_json::from_slice(&command.body).expect("a command is JSON")
     }
 

@@ -35,6 +35,8 @@ use super::settle::Desk;
 const ROUTE_LOOKS: usize = 3;
 /// Wait of a copy that another worker is busy with, in seconds: the shortest aside delay.
 const HELD_WAIT_S: u32 = 5;
+/// For so long a vanished host's lock may look held: its session's keepalives end it after 14 s.
+const LOCK_OUTLIVES: Duration = Duration::from_secs(30);
 /// Wait of a job that the database refused to look at, in seconds.
 const REFUSED_WAIT_S: u32 = 30;
 
@@ -252,12 +254,21 @@ impl Worker {
             }
             ClaimAnswer::NotYet { wait } => TakeUp::Aside(self.limits.retry.schedule.queue_for_s(wait)),
             ClaimAnswer::Closed(hand_over) => TakeUp::Repeat(hand_over),
-            ClaimAnswer::Stale(hand_over) => match self.incarnations.is_alive(hand_over.owner).await? {
-                Liveness::Alive => TakeUp::Duplicate,
-                Liveness::Suspect => TakeUp::Aside(HELD_WAIT_S),
-                Liveness::Dead => TakeUp::Repeat(hand_over),
-            },
+            ClaimAnswer::Stale(hand_over) => self.judge_stale(hand_over).await?,
         }))
+    }
+
+    /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, or owed by this worker,
+    /// or by one whose lock is held and has been for longer than a lock can outlive its worker.
+    async fn judge_stale(&self, hand_over: HandOver) -> Result<TakeUp, StoreError> {
+        if hand_over.taken_up || self.incarnations.current() == Some(hand_over.owner) {
+            return Ok(TakeUp::Duplicate);
+        }
+        Ok(match self.incarnations.is_alive(hand_over.owner).await? {
+            Liveness::Alive if hand_over.age >= LOCK_OUTLIVES => TakeUp::Duplicate,
+            Liveness::Alive | Liveness::Suspect => TakeUp::Aside(HELD_WAIT_S),
+            Liveness::Dead => TakeUp::Repeat(hand_over),
+        })
     }
 
     /// Why a claimed job is not to be attempted at all.

@@ -19,7 +19,7 @@ use time::macros::datetime;
 use uuid::Uuid;
 
 use super::support::broker::{SOON, TestBroker, access, amqp_url, eventually};
-use super::support::proxy::Proxy;
+use super::support::proxy::{Proxy, tls_in_front_of};
 
 const FIRST_AT: time::OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
 
@@ -460,6 +460,63 @@ async fn refusals_of_the_broker_are_told_apart_and_never_show_the_password() {
     for error in [credentials, vhost, nobody] {
         assert!(!format!("{error} {error:?}").contains("s3cret"), "{error:?}");
     }
+    test.clean_up().await;
+}
+
+#[tokio::test]
+async fn tls_needs_an_authority_that_is_trusted() {
+    let test = TestBroker::new("tls", &[]).await;
+    let server = AmqpUrl::parse(&amqp_url()).expect("a URL").server();
+    let (address, authority) = tls_in_front_of(server.parse().expect("an address")).await;
+    let through =
+        amqp_url().replace("amqp://", "amqps://").replace(&server, &format!("localhost:{}", address.port()));
+    let access = Access::new(AmqpUrl::parse(&through).expect("a URL"));
+    let error = test.topology().declare(&access, &[]).await.expect_err("an unknown authority");
+    assert!(matches!(error, BrokerError::Tls { .. }), "{error}");
+    let trusting = access.trust(&authority).expect("a certificate");
+    test.topology().declare(&trusting, &[]).await.expect("trusted");
+    let findings = inspect(&trusting, test.topology()).await.expect("reachable");
+    assert!(
+        matches!(&findings[0].standing, Standing::Good(seen) if seen.contains("is RabbitMQ")),
+        "{findings:?}"
+    );
+    test.clean_up().await;
+}
+
+#[tokio::test]
+async fn what_the_broker_itself_kills_is_a_dead_letter_with_the_brokers_reason() {
+    let test = TestBroker::new("killed", &[]).await;
+    test.declare().await;
+    let broker = start(&test);
+    let mut dead = broker.dead_letters(10);
+    let mut properties = hostile_properties(&test.prefix);
+    properties = properties.with_expiration("1".into());
+    let mut forged = properties.headers().clone().expect("headers");
+    forged.insert("sendoff-reason".into(), AMQPValue::LongString("auth_failed".into()));
+    test.publish_job("reminder.x", b"expires", properties.with_headers(forged)).await;
+    let expired = next(&mut dead).await;
+    assert_eq!(expired.received().death.as_ref().map(|death| death.reason), Some(Reason::Expired));
+    assert_eq!(expired.received().lane.as_deref(), Some("reminders"));
+    assert_eq!(expired.ack().await, Settled::Done);
+
+    let mut lane = broker.lane("notifications").expect("a lane");
+    test.publish_job("notification.x", b"loops", BasicProperties::default()).await;
+    let requeues = async {
+        loop {
+            let _settled = next(&mut lane).await.requeue().await;
+        }
+    };
+    let looped = tokio::select! {
+        letter = next(&mut dead) => letter,
+        () = requeues => unreachable!("it never ends"),
+    };
+    let death = looped.received().death.clone().expect("a death");
+    assert_eq!(death.reason, Reason::CrashLoop);
+    assert!(death.died_at.is_some());
+    assert_eq!(looped.received().lane.as_deref(), Some("notifications"));
+    assert_eq!(looped.received().routing_key, "notification.x");
+    assert_eq!(looped.ack().await, Settled::Done);
+    broker.close().await;
     test.clean_up().await;
 }
 

@@ -18,7 +18,7 @@ use sendoff::model::ledger::Turn;
 use time::macros::datetime;
 use uuid::Uuid;
 
-use super::support::broker::{SOON, TestBroker, access, amqp_url, eventually};
+use super::support::broker::{PrivateBroker, SOON, TestBroker, access, amqp_url, eventually};
 use super::support::proxy::{Proxy, tls_in_front_of};
 
 const FIRST_AT: time::OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
@@ -651,6 +651,45 @@ async fn a_lane_whose_queue_was_deleted_is_declared_again() {
     assert_eq!(next(&mut lane).await.ack().await, Settled::Done);
     broker.close().await;
     test.clean_up().await;
+}
+
+#[tokio::test]
+async fn a_resource_alarm_stops_publishes_but_no_acknowledgement_and_a_killed_broker_loses_nothing() {
+    let private = PrivateBroker::start().await;
+    let test = TestBroker::on(private.url(), "alarm", &[]).await;
+    test.declare().await;
+    for _ in 0..20 {
+        test.publish_job("notification.x", b"job", BasicProperties::default()).await;
+    }
+    test.publish_job("reminder.x", b"kept", BasicProperties::default().with_delivery_mode(2)).await;
+    let broker = start(&test);
+    let (mut lane, mut held) = (broker.lane("notifications").expect("a lane"), Vec::new());
+    for _ in 0..20 {
+        held.push(next(&mut lane).await);
+    }
+    private.ctl("set_vm_memory_high_watermark 0.000001").await;
+    let impatient = broker.publisher().with_patience(Duration::from_millis(300));
+    eventually("publishes are held up", async || {
+        // The broker blocks a connection at its first publish: that one is lost, those behind it are not even sent.
+        matches!(impatient.event(&smtp_event()).await, Err(PublishError::Unavailable { .. }))
+    })
+    .await;
+    for delivery in held {
+        assert_eq!(delivery.ack().await, Settled::Done);
+    }
+    private.ctl("set_vm_memory_high_watermark 0.4").await;
+    broker.publisher().event(&smtp_event()).await.expect("published again");
+
+    private.kill().await;
+    let lost = broker.state().wait_for(|state| !state.is_connected()).await.map(|state| state.clone());
+    assert!(lost.expect("the broker lives").reason().is_some());
+    private.start_again().await;
+    let mut reminders = broker.lane("reminders").expect("a lane");
+    let kept = next(&mut reminders).await;
+    assert_eq!(kept.received().body, b"kept");
+    assert_eq!(kept.ack().await, Settled::Done);
+    broker.close().await;
+    drop(private);
 }
 
 /// Figures for the record; run with `--ignored --nocapture`.

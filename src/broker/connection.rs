@@ -312,6 +312,8 @@ fn one_line(words: &str) -> String {
 /// Opens a connection that shows up in the broker's listings as `sendoff <purpose>`.
 pub(super) async fn open(access: &Access, purpose: &str) -> Result<Connection, BrokerError> {
     let socket = Socket::default();
+    // Whichever way this ends, by its limit or because the caller stops waiting.
+    let _abandoned = Abandoned(socket.clone());
     let limit = access.url.connect_timeout();
     match tokio::time::timeout(limit, dial(access, purpose, socket.clone())).await {
         Ok(Ok(connection)) => {
@@ -320,7 +322,6 @@ pub(super) async fn open(access: &Access, purpose: &str) -> Result<Connection, B
         }
         Ok(Err(error)) => Err(BrokerError::of_opening(access, &error)),
         Err(_) => {
-            socket.abandon();
             let detail = format!("no answer within {} ms", limit.as_millis());
             Err(BrokerError::Unreachable { server: access.url.server(), detail })
         }
@@ -441,6 +442,15 @@ fn read_version(access: &Access) -> io::Result<Option<Version>> {
     Ok(text("version")
         .filter(|_| text("product").as_deref() == Some("RabbitMQ"))
         .and_then(|v| Version::parse(&v)))
+}
+
+/// Shuts the socket of a connection that was not finished.
+struct Abandoned(Socket);
+
+impl Drop for Abandoned {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
 }
 
 /// Awaits a one-off operation on a connection, but not for longer than `limit`: the library can leave one unanswered for

@@ -18,7 +18,7 @@ use super::connection::BrokerError;
 use super::headers::{JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
 use super::publisher::{DeadLetter, PublishError, Publisher};
-use super::topology::Names;
+use super::topology::{self, Names};
 
 /// Handing the prefetched messages back when a consumer stops.
 const HAND_BACK_LIMIT: Duration = Duration::from_secs(5);
@@ -380,12 +380,13 @@ pub(super) async fn consume(
     queue: &str,
     prefetch: u16,
 ) -> Result<(Channel, Consumer), BrokerError> {
+    let name = topology::name(queue)?;
     let work = async {
         let channel = live.connection.create_channel().await?;
         channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
         let options = BasicConsumeOptions::default();
         let (tag, arguments) = (ShortString::default(), FieldTable::default());
-        let consumer = channel.basic_consume(queue.into(), tag, options, arguments).await?;
+        let consumer = channel.basic_consume(name, tag, options, arguments).await?;
         Ok((channel, consumer))
     };
     match live.while_up(work).await {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::{Connection, Event};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -214,7 +214,7 @@ impl Link {
             let Ok(event) = tokio::time::timeout(LOOK_EVERY, events.next()).await else { continue };
             match event {
                 // A channel's error is reported here too, and is its user's affair.
-                Some(Event::Error(error)) => reason = Some(error.to_string()),
+                Some(Event::Error(error)) if !live.is_up() => reason = Some(error.to_string()),
                 Some(Event::ConnectionBlocked(why)) => {
                     tracing::warn!(
                         role = self.role.as_str(),
@@ -227,6 +227,12 @@ impl Link {
                 }
                 Some(_) => {}
                 None => break,
+            }
+        }
+        // The state changes before its event is sent.
+        while let Some(Some(event)) = events.next().now_or_never() {
+            if let Event::Error(error) = event {
+                reason = Some(error.to_string());
             }
         }
         reason.unwrap_or_else(|| "closed by the broker".to_owned())

@@ -101,10 +101,11 @@ async fn call_on(
 }
 
 async fn timed_out(connection: &Connection, queue: &str, timeout: Duration) -> RpcError {
+    let name = topology::short(queue).unwrap_or_default();
     let look = async {
         let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
-        channel.queue_declare(queue.into(), options, FieldTable::default()).await
+        channel.queue_declare(name, options, FieldTable::default()).await
     };
     let found = tokio::time::timeout(Duration::from_secs(2), look).await;
     let consumers = found.ok().and_then(Result::ok).map_or(0, |queue| queue.consumer_count());
@@ -175,6 +176,7 @@ impl JobSender {
 
     async fn listen(&self, id: Uuid) -> Result<Follower, BrokerError> {
         let exchange = self.names.events();
+        let source = topology::name(&exchange)?;
         let on = |error: lapin::Error| BrokerError::about(&format!("the exchange {exchange}"), &error);
         let channel = self.connection.create_channel().await.map_err(on)?;
         // Named by the broker, for this connection alone, and gone with it.
@@ -186,7 +188,7 @@ impl JobSender {
         channel
             .queue_bind(
                 queue.name().clone(),
-                exchange.as_str().into(),
+                source,
                 "email.#".into(),
                 QueueBindOptions::default(),
                 FieldTable::default(),

@@ -302,7 +302,7 @@ impl Exchange {
             Kind::Fanout => ExchangeKind::Fanout,
         };
         let arguments = table(&self.arguments);
-        let declared = channel.exchange_declare(self.name.as_str().into(), kind, options, arguments).await;
+        let declared = channel.exchange_declare(name(&self.name)?, kind, options, arguments).await;
         declared.map_err(|error| BrokerError::about(&format!("the exchange {}", self.name), &error))
     }
 }
@@ -320,7 +320,7 @@ impl Queue {
 impl Binding {
     async fn bind(&self, channel: &Channel) -> Result<(), BrokerError> {
         let (source, destination, key) =
-            (self.source.as_str().into(), self.destination.as_str().into(), self.routing_key.as_str().into());
+            (name(&self.source)?, name(&self.destination)?, name(&self.routing_key)?);
         let bound = match self.to {
             Destination::Queue => {
                 let options = QueueBindOptions::default();
@@ -350,6 +350,14 @@ pub(super) async fn open_confirming_channel(connection: &Connection) -> lapin::R
 /// AMQP's short strings hold 255 bytes at most.
 pub(super) fn short(text: &str) -> Option<ShortString> {
     ShortString::try_new(text).ok()
+}
+
+/// The same, for a name that cannot be done without.
+pub(super) fn name(text: &str) -> Result<ShortString, BrokerError> {
+    short(text).ok_or_else(|| BrokerError::Refused {
+        object: crate::model::text::bounded(text, 80),
+        detail: "the name is longer than 255 bytes; choose a shorter amqp.prefix".to_owned(),
+    })
 }
 
 fn table(arguments: &[Argument]) -> FieldTable {

@@ -18,8 +18,8 @@ use sendoff::model::ledger::Turn;
 use time::macros::datetime;
 use uuid::Uuid;
 
-use super::support::broker::{SOON, TestBroker, access, amqp_url, eventually};
-use super::support::proxy::Proxy;
+use super::support::broker::{PrivateBroker, SOON, TestBroker, access, amqp_url, eventually};
+use super::support::proxy::{Proxy, tls_in_front_of};
 
 const FIRST_AT: time::OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
 
@@ -131,10 +131,7 @@ async fn a_retried_job_carries_on_nothing_but_what_the_contract_names() {
     assert_eq!(handed.expect("handed over"), Settled::Done);
     let copy = test.take(&test.name("retry.notifications.3600")).await;
     assert_eq!(copy.body, b"body \x00\xff");
-    assert_eq!(
-        (copy.exchange.as_str(), copy.routing_key.clone()),
-        ("", test.name("retry.notifications.3600"))
-    );
+    assert_eq!((copy.exchange.as_str(), &copy.routing_key), ("", &test.name("retry.notifications.3600")));
     // The broker's own count of hand-outs is no part of what was published.
     let names: Vec<String> =
         copy.header_names().into_iter().filter(|name| name != "x-delivery-count").collect();
@@ -467,6 +464,63 @@ async fn refusals_of_the_broker_are_told_apart_and_never_show_the_password() {
 }
 
 #[tokio::test]
+async fn tls_needs_an_authority_that_is_trusted() {
+    let test = TestBroker::new("tls", &[]).await;
+    let server = AmqpUrl::parse(&amqp_url()).expect("a URL").server();
+    let (address, authority) = tls_in_front_of(server.parse().expect("an address")).await;
+    let through =
+        amqp_url().replace("amqp://", "amqps://").replace(&server, &format!("localhost:{}", address.port()));
+    let access = Access::new(AmqpUrl::parse(&through).expect("a URL"));
+    let error = test.topology().declare(&access, &[]).await.expect_err("an unknown authority");
+    assert!(matches!(error, BrokerError::Tls { .. }), "{error}");
+    let trusting = access.trust(&authority).expect("a certificate");
+    test.topology().declare(&trusting, &[]).await.expect("trusted");
+    let findings = inspect(&trusting, test.topology()).await.expect("reachable");
+    assert!(
+        matches!(&findings[0].standing, Standing::Good(seen) if seen.contains("is RabbitMQ")),
+        "{findings:?}"
+    );
+    test.clean_up().await;
+}
+
+#[tokio::test]
+async fn what_the_broker_itself_kills_is_a_dead_letter_with_the_brokers_reason() {
+    let test = TestBroker::new("killed", &[]).await;
+    test.declare().await;
+    let broker = start(&test);
+    let mut dead = broker.dead_letters(10);
+    let mut properties = hostile_properties(&test.prefix);
+    properties = properties.with_expiration("1".into());
+    let mut forged = properties.headers().clone().expect("headers");
+    forged.insert("sendoff-reason".into(), AMQPValue::LongString("auth_failed".into()));
+    test.publish_job("reminder.x", b"expires", properties.with_headers(forged)).await;
+    let expired = next(&mut dead).await;
+    assert_eq!(expired.received().death.as_ref().map(|death| death.reason), Some(Reason::Expired));
+    assert_eq!(expired.received().lane.as_deref(), Some("reminders"));
+    assert_eq!(expired.ack().await, Settled::Done);
+
+    let mut lane = broker.lane("notifications").expect("a lane");
+    test.publish_job("notification.x", b"loops", BasicProperties::default()).await;
+    let requeues = async {
+        loop {
+            let _settled = next(&mut lane).await.requeue().await;
+        }
+    };
+    let looped = tokio::select! {
+        letter = next(&mut dead) => letter,
+        () = requeues => unreachable!("it never ends"),
+    };
+    let death = looped.received().death.clone().expect("a death");
+    assert_eq!(death.reason, Reason::CrashLoop);
+    assert!(death.died_at.is_some());
+    assert_eq!(looped.received().lane.as_deref(), Some("notifications"));
+    assert_eq!(looped.received().routing_key, "notification.x");
+    assert_eq!(looped.ack().await, Settled::Done);
+    broker.close().await;
+    test.clean_up().await;
+}
+
+#[tokio::test]
 async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out() {
     let test = TestBroker::new("rpc", &[]).await;
     test.declare().await;
@@ -597,6 +651,45 @@ async fn a_lane_whose_queue_was_deleted_is_declared_again() {
     assert_eq!(next(&mut lane).await.ack().await, Settled::Done);
     broker.close().await;
     test.clean_up().await;
+}
+
+#[tokio::test]
+async fn a_resource_alarm_stops_publishes_but_no_acknowledgement_and_a_killed_broker_loses_nothing() {
+    let private = PrivateBroker::start().await;
+    let test = TestBroker::on(private.url(), "alarm", &[]).await;
+    test.declare().await;
+    for _ in 0..20 {
+        test.publish_job("notification.x", b"job", BasicProperties::default()).await;
+    }
+    test.publish_job("reminder.x", b"kept", BasicProperties::default().with_delivery_mode(2)).await;
+    let broker = start(&test);
+    let (mut lane, mut held) = (broker.lane("notifications").expect("a lane"), Vec::new());
+    for _ in 0..20 {
+        held.push(next(&mut lane).await);
+    }
+    private.ctl("set_vm_memory_high_watermark 0.000001").await;
+    let impatient = broker.publisher().with_patience(Duration::from_millis(300));
+    eventually("publishes are held up", async || {
+        // The broker blocks a connection at its first publish: that one is lost, those behind it are not even sent.
+        matches!(impatient.event(&smtp_event()).await, Err(PublishError::Unavailable { .. }))
+    })
+    .await;
+    for delivery in held {
+        assert_eq!(delivery.ack().await, Settled::Done);
+    }
+    private.ctl("set_vm_memory_high_watermark 0.4").await;
+    broker.publisher().event(&smtp_event()).await.expect("published again");
+
+    private.kill().await;
+    let lost = broker.state().wait_for(|state| !state.is_connected()).await.map(|state| state.clone());
+    assert!(lost.expect("the broker lives").reason().is_some());
+    private.start_again().await;
+    let mut reminders = broker.lane("reminders").expect("a lane");
+    let kept = next(&mut reminders).await;
+    assert_eq!(kept.received().body, b"kept");
+    assert_eq!(kept.ack().await, Settled::Done);
+    broker.close().await;
+    drop(private);
 }
 
 /// Figures for the record; run with `--ignored --nocapture`.

@@ -86,23 +86,27 @@ pub fn lanes() -> Vec<Lane> {
 }
 
 impl TestBroker {
-    /// A fresh prefix, nothing declared yet.
+    /// A fresh prefix on the shared broker, nothing declared yet.
     pub async fn new(name: &str, delays_s: &[u32]) -> Self {
-        Self::with_lanes(name, lanes(), delays_s).await
+        Self::with_lanes(&amqp_url(), name, lanes(), delays_s).await
     }
 
     /// A fresh prefix with the notifications' lane only: fewer queues to declare.
     pub async fn with_lane(name: &str, delays_s: &[u32]) -> Self {
-        Self::with_lanes(name, lanes().into_iter().take(1).collect(), delays_s).await
+        Self::with_lanes(&amqp_url(), name, lanes().into_iter().take(1).collect(), delays_s).await
     }
 
-    async fn with_lanes(name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
+    /// A fresh prefix on some broker, nothing declared yet.
+    pub async fn on(url: &str, name: &str, delays_s: &[u32]) -> Self {
+        Self::with_lanes(url, name, lanes(), delays_s).await
+    }
+
+    async fn with_lanes(url: &str, name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
         let prefix =
             format!("t{}.{name}", uuid::Uuid::from_u64_pair(std::process::id().into(), unique()).simple());
-        let settings =
-            BrokerSettings { access: access(), prefix: prefix.clone(), lanes, delays_s: delays_s.to_vec() };
-        let connection =
-            Connection::connect(&amqp_url(), ConnectionProperties::default()).await.expect("RabbitMQ");
+        let access = Access::new(AmqpUrl::parse(url).expect("an AMQP URL"));
+        let settings = BrokerSettings { access, prefix: prefix.clone(), lanes, delays_s: delays_s.to_vec() };
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.expect("RabbitMQ");
         let channel = confirming(&connection).await;
         Self { prefix, topology: settings.topology(), settings, connection, channel }
     }
@@ -119,7 +123,7 @@ impl TestBroker {
 
     /// Declares the topology as a worker would.
     pub async fn declare(&self) {
-        self.topology.declare(&access(), &[]).await.expect("a fresh prefix can be declared");
+        self.topology.declare(&self.settings.access, &[]).await.expect("a fresh prefix can be declared");
     }
 
     /// A full name under the prefix, say `jobs.reminders`.
@@ -300,4 +304,65 @@ impl Events {
     pub fn all(&self) -> Vec<serde_json::Value> {
         self.seen.lock().expect("no panic under the lock").clone()
     }
+}
+
+/// A RabbitMQ of the test's own, which it may hurt. `./dev service` runs it.
+pub struct PrivateBroker {
+    directory: tempfile::TempDir,
+    url: String,
+}
+
+impl PrivateBroker {
+    /// Starts one.
+    pub async fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        // It runs as a user of its own.
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(directory.path(), open).expect("permissions");
+        let url = dev("start", &directory, "").await;
+        Self { directory, url }
+    }
+
+    /// Its URL, the same after a restart.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Runs `rabbitmqctl`.
+    pub async fn ctl(&self, arguments: &str) {
+        dev("ctl", &self.directory, arguments).await;
+    }
+
+    /// Kills it without warning.
+    pub async fn kill(&self) {
+        dev("kill", &self.directory, "").await;
+    }
+
+    /// Starts it again with its data.
+    pub async fn start_again(&self) {
+        assert_eq!(dev("start", &self.directory, "").await, self.url);
+    }
+}
+
+/// Ends it, also when the test has failed.
+impl Drop for PrivateBroker {
+    fn drop(&mut self) {
+        let mut command = std::process::Command::new(DEV);
+        command.args(["service", "remove", "rabbitmq"]).arg(self.directory.path().join("rabbitmq"));
+        let _left = command.output();
+    }
+}
+
+const DEV: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/dev");
+
+async fn dev(verb: &str, directory: &tempfile::TempDir, arguments: &str) -> String {
+    let output = tokio::process::Command::new(DEV)
+        .args(["service", verb, "rabbitmq"])
+        .arg(directory.path().join("rabbitmq"))
+        .args(arguments.split_whitespace())
+        .output()
+        .await
+        .expect("./dev can be run");
+    assert!(output.status.success(), "./dev service {verb}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned()
 }

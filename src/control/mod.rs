@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use serde_json::Value;
+use tokio::time::Instant;
 
 pub use error::{Code, ControlError, Response};
 
@@ -30,8 +31,10 @@ use crate::model::text;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
 use request::{Command, Request};
 
-/// A reply comes within 10 s (contract section 4). The steps' own limits add up to less; this one is the last resort.
-const REPLY_LIMIT: Duration = Duration::from_millis(9500);
+/// A reply comes within 10 s (contract section 4): by then a change is over, one way or the other.
+const CHANGE_LIMIT: Duration = Duration::from_secs(9);
+/// The last resort; the steps end before it.
+const REPLY_LIMIT: Duration = Duration::from_millis(9800);
 /// Looking up a host.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(3500);
 /// Longest AMQP user that is kept in the audit log, in bytes (the protocol's own limit).
@@ -77,6 +80,8 @@ struct Call<'a> {
     user_id: Option<&'a str>,
     /// Names of the parameters that were given, as far as they are known.
     given: Vec<&'static str>,
+    /// When a change has to be over.
+    by: Instant,
 }
 
 impl Control {
@@ -99,7 +104,8 @@ impl Control {
         let user_id = meta.user_id.map(|user| text::bounded(&text::single_line(&user), USER_ID_MAX));
         let given =
             request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
-        let call = Call { request: &request, user_id: user_id.as_deref(), given };
+        let call =
+            Call { request: &request, user_id: user_id.as_deref(), given, by: Instant::now() + CHANGE_LIMIT };
         let work = AssertUnwindSafe(tokio::time::timeout(REPLY_LIMIT, self.answer(&call))).catch_unwind();
         let outcome = match work.await {
             Ok(Ok(outcome)) => outcome,

@@ -22,7 +22,7 @@ impl Control {
             return Err(ControlError::already_exists());
         }
         self.check_server(&host, new.port).await?;
-        let config = self.configs.create(organization, &new, call.audit("ok")).await?;
+        let config = self.configs.create(organization, &new, call.audit("ok"), call.by).await?;
         let events = self.event(organization, What::ConfigCreated { version: config.version });
         Ok(Done::changed(view(organization, &config), events))
     }

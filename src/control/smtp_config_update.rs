@@ -57,7 +57,11 @@ impl Control {
                 }
                 password_rule(locked, &patch).map_err(Refusal::Rule)
             };
-            match self.configs.update(organization, if_version, &patch, allow, call.audit("ok")).await {
+            match self
+                .configs
+                .update(organization, if_version, &patch, allow, call.audit("ok"), call.by)
+                .await
+            {
                 Err(ChangeError::Refused(Refusal::LookAgain)) => {}
                 Err(error) => {
                     return Err(ControlError::of_change(error, |refusal| match refusal {

@@ -4,12 +4,14 @@
 mod changes;
 mod sending;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 
 pub use changes::{NewSmtpConfig, SmtpConfigPatch};
 pub use sending::{RouteFacts, StoredAccount, Unreadable};
@@ -33,8 +35,8 @@ const SHOWN: &str = concat!(
     shown_columns!(),
     " FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1"
 );
-/// For a person who waits for an answer: to get a connection, and again to get the row.
-const READ_LIMIT: Duration = Duration::from_secs(1);
+/// For a person who waits for an answer.
+const READ_LIMIT: Duration = Duration::from_secs(3);
 
 /// The configurations, with the keys that their credentials are sealed under. Cheap to clone.
 #[derive(Clone)]
@@ -44,7 +46,7 @@ pub struct SmtpConfigs {
 }
 
 /// A configuration as it may be shown: without credentials.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SmtpConfig {
     /// Raised with every change.
     pub version: i64,
@@ -64,6 +66,13 @@ pub struct SmtpConfig {
     pub created_at: OffsetDateTime,
     /// When it last changed.
     pub updated_at: OffsetDateTime,
+}
+
+/// Shows version and server only: the sender is personal data.
+impl fmt::Debug for SmtpConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SmtpConfig(version {}, {}:{})", self.version, self.host, self.port)
+    }
 }
 
 /// What a connection test found.
@@ -112,9 +121,10 @@ impl SmtpConfigs {
         organization: &OrganizationId,
         limit: Duration,
     ) -> Result<Option<PgRow>, StoreError> {
-        let mut session = tokio::time::timeout(limit, self.store.session()).await.map_err(silence)??;
+        let end = Instant::now() + limit;
+        let mut session = tokio::time::timeout_at(end, self.store.session()).await.map_err(silence)??;
         let row = sqlx::query(query).bind(organization.as_str()).fetch_optional(session.connection());
-        let row = tokio::time::timeout(limit, row).await;
+        let row = tokio::time::timeout_at(end, row).await;
         session.end(row)
     }
 }

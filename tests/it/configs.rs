@@ -327,6 +327,16 @@ async fn every_refused_create_says_which_field_and_why() {
 }
 
 #[tokio::test]
+async fn silent_name_servers_do_not_keep_the_answer_back() {
+    let world = World::enabled("acme").await;
+    world.dns.script("silent.example.org", Answer::Silence, 0);
+    let begun = Instant::now();
+    let silent = settings_with(json!({"host": "silent.example.org"}));
+    assert_eq!(world.error("smtp_config.create", "acme", silent).await, code("dns_failed", "host"));
+    assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn the_fixed_messages_are_the_contracts() {
     let world = World::new().await;
     let message = async |command: &str, params: Value| {

@@ -27,7 +27,6 @@ use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
 use crate::model::event::{Event, What};
 use crate::model::organization::OrganizationId;
-use crate::model::text;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
 use request::{Command, Request};
 
@@ -37,8 +36,6 @@ const CHANGE_LIMIT: Duration = Duration::from_secs(9);
 const REPLY_LIMIT: Duration = Duration::from_millis(9800);
 /// Looking up a host.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(3500);
-/// Longest AMQP user that is kept in the audit log, in bytes (the protocol's own limit).
-const USER_ID_MAX: usize = 255;
 
 /// What the settings say about commands.
 #[derive(Debug, Clone, Default)]
@@ -101,11 +98,14 @@ impl Control {
     pub async fn handle(&self, body: &[u8], meta: CommandMeta) -> (Response, Vec<Event>) {
         let request = Request::read(body);
         let command = request.command.map_or("unknown", Command::as_str);
-        let user_id = meta.user_id.map(|user| text::bounded(&text::single_line(&user), USER_ID_MAX));
         let given =
             request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
-        let call =
-            Call { request: &request, user_id: user_id.as_deref(), given, by: Instant::now() + CHANGE_LIMIT };
+        let call = Call {
+            request: &request,
+            user_id: meta.user_id.as_deref(),
+            given,
+            by: Instant::now() + CHANGE_LIMIT,
+        };
         let work = AssertUnwindSafe(tokio::time::timeout(REPLY_LIMIT, self.answer(&call))).catch_unwind();
         let outcome = match work.await {
             Ok(Ok(outcome)) => outcome,
@@ -167,10 +167,6 @@ impl Control {
         if let Err(error) = self.store.record_audit(call.audit(outcome)).await {
             tracing::warn!(%error, outcome, "a control command is missing in the audit log");
         }
-    }
-
-    async fn settings_of(&self, organization: &OrganizationId) -> Result<OrganizationSettings, ControlError> {
-        Ok(self.configs.get(organization).await?)
     }
 
     fn check_enabled(&self, settings: &OrganizationSettings) -> Result<(), ControlError> {

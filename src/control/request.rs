@@ -225,7 +225,9 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..200), name in "\\PC{0,40}", value in "\\PC{0,40}"
         ) {
             let _ = Request::read(&bytes);
-            let json = serde_json::json!({ "command": name, "organization_id": value, "actor": value, name.clone(): 1 });
+            let json = serde_json::json!(
+                { "command": name, "organization_id": value, "actor": value, name.clone(): 1 }
+            );
             prop_assert!(Request::read(json.to_string().as_bytes()).fault.is_some());
         }
     }

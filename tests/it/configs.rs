@@ -812,6 +812,24 @@ async fn a_row_that_somebody_else_holds_is_not_waited_for_too_long() {
 }
 
 #[tokio::test]
+async fn a_commit_that_is_not_confirmed_is_not_called_unchanged() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    world
+        .sql("CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(4); RETURN NULL; END';
+              CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON smtp_configs DEFERRABLE INITIALLY DEFERRED
+              FOR EACH ROW EXECUTE FUNCTION dawdle()")
+        .await;
+    let reply = world.ask("smtp_config.update", "acme", json!({"port": 25})).await;
+    assert_eq!(reply["error"]["code"], "internal");
+    assert!(text(&reply["error"]["message"]).contains("not known whether the change was made"), "{reply}");
+    let begun = Instant::now();
+    while world.configs.get(&id("acme")).await.unwrap().config.unwrap().version != 2 {
+        assert!(begun.elapsed() < DEADLINE, "here it was made after all");
+    }
+}
+
+#[tokio::test]
 async fn a_job_is_shown_to_its_own_organization_only() {
     let world = World::new().await;
     world

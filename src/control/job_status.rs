@@ -48,7 +48,8 @@ impl Control {
     }
 }
 
-fn view(key: &JobKey, status: &JobStatus) -> serde_json::Value {
+/// A job as the contract's JSON (section 7) tells it.
+pub fn view(key: &JobKey, status: &JobStatus) -> serde_json::Value {
     json!(View {
         id: key.id,
         organization_id: key.organization.as_ref(),

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -100,7 +101,8 @@ pub struct Calendar {
 }
 
 /// RFC 5546 methods that a booking system sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub enum CalendarMethod {
     /// An invitation or its update.
     Request,
@@ -147,9 +149,11 @@ pub struct Revision {
 }
 
 /// What the publisher wants when the outcome cannot be known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OnUnknown {
     /// Send again, once.
+    #[default]
     Resend,
     /// Never twice: a person decides.
     Hold,

@@ -5,6 +5,7 @@ pub mod address;
 pub mod event;
 pub mod failure;
 pub mod job;
+pub mod lanes;
 pub mod ledger;
 pub mod organization;
 pub mod policy;

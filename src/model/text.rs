@@ -48,6 +48,25 @@ pub fn bounded(text: &str, max: usize) -> String {
     format!("{}…", &text[..end])
 }
 
+/// A header's line is folded between pieces only, and RFC 5322 section 2.1.1 ends it at 998 bytes, the name included.
+pub const UNFOLDED_MAX: usize = 900;
+
+/// The pieces of a header's value that folding leaves whole, each with the space in front of it. A run of several spaces
+/// is no place to fold: readers make one space of it.
+pub fn unfolded_pieces(value: &str) -> impl Iterator<Item = &str> {
+    let bytes = value.as_bytes();
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let is_single_space = |at: &usize| {
+            bytes[*at] == b' ' && bytes[at - 1] != b' ' && bytes.get(at + 1).is_some_and(|b| *b != b' ')
+        };
+        let end = (start + 1..bytes.len()).find(is_single_space).unwrap_or(bytes.len());
+        let piece = &value[start..end];
+        start = end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +87,18 @@ mod tests {
         let cut = bounded("ääääääää", 8);
         assert!(cut.len() <= 8 && cut.ends_with('…'), "{cut}");
         assert_eq!(bounded("short", 8), "short");
+    }
+
+    #[test]
+    fn a_value_is_folded_at_single_spaces_only() {
+        for (value, pieces) in [
+            ("", vec![]),
+            ("abc", vec!["abc"]),
+            ("a bcd ä", vec!["a", " bcd", " ä"]),
+            ("a  b c", vec!["a  b", " c"]),
+            (" a b ", vec![" a", " b "]),
+        ] {
+            assert_eq!(unfolded_pieces(value).collect::<Vec<_>>(), pieces, "{value:?}");
+        }
     }
 }

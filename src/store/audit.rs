@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
-use super::{Store, StoreError, silence};
+use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 
 /// An entry of its own; nobody's change depends on it.
@@ -34,9 +34,7 @@ impl Store {
     /// # Errors
     /// When the database does not take it.
     pub async fn record_audit(&self, entry: AuditEntry<'_>) -> Result<(), StoreError> {
-        let mut session = tokio::time::timeout(INSERT_LIMIT, self.session()).await.map_err(silence)??;
-        let inserted = tokio::time::timeout(INSERT_LIMIT, insert(session.connection(), entry)).await;
-        session.end(inserted)
+        self.on_session_within(INSERT_LIMIT, async |session| insert(session, entry).await).await
     }
 }
 

@@ -1,6 +1,8 @@
 //! Which bindings the topology was last declared with, so that one taken out of the settings can be unbound.
 //! Guarantee: what is read is one whole declaration, never a mixture of two.
 
+use sqlx::Acquire;
+
 use super::{Store, StoreError};
 
 /// One routing key pattern of one lane.
@@ -19,13 +21,14 @@ impl Store {
     /// When the database did not answer.
     pub async fn lane_bindings(&self, prefix: &str) -> Result<Vec<LaneBinding>, StoreError> {
         let rows: Vec<(String, String)> = self
-            .bounded(
+            .on_session(async |session| {
                 sqlx::query_as(
                     "SELECT lane, binding FROM lane_bindings WHERE prefix = $1 ORDER BY lane, binding",
                 )
                 .bind(prefix)
-                .fetch_all(&self.pool),
-            )
+                .fetch_all(session)
+                .await
+            })
             .await?;
         Ok(rows.into_iter().map(|(lane, binding)| LaneBinding { lane, binding }).collect())
     }
@@ -41,8 +44,8 @@ impl Store {
     ) -> Result<(), StoreError> {
         let lanes: Vec<&str> = bindings.iter().map(|binding| binding.lane.as_str()).collect();
         let patterns: Vec<&str> = bindings.iter().map(|binding| binding.binding.as_str()).collect();
-        let replacing = async {
-            let mut transaction = self.pool.begin().await?;
+        self.on_session(async |session| {
+            let mut transaction = session.begin().await?;
             // Two declarations at once would each delete what they saw and keep the other's rows.
             sqlx::query("LOCK TABLE lane_bindings IN EXCLUSIVE MODE").execute(&mut *transaction).await?;
             sqlx::query("DELETE FROM lane_bindings WHERE prefix = $1")
@@ -60,7 +63,7 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
             transaction.commit().await
-        };
-        self.bounded(replacing).await
+        })
+        .await
     }
 }

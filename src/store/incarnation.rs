@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable};
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{Connection, PgConnection};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -292,18 +292,17 @@ async fn until_lost(session: &mut PgConnection, incarnation: i32) -> &'static st
 impl Store {
     /// Whether some session of this database holds the incarnation's lock.
     async fn is_locked(&self, incarnation: i32) -> Result<bool, StoreError> {
-        let row = self
-            .bounded(
-                sqlx::query(
-                    "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-             AND classid = $1::int::oid AND objid = $2::int::oid AND objsubid = 2)",
-                )
-                .bind(LOCK_CLASS)
-                .bind(incarnation)
-                .fetch_one(&self.pool),
+        self.on_session(async |session| {
+            sqlx::query_scalar(
+                "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+                 AND classid = $1::int::oid AND objid = $2::int::oid AND objsubid = 2)",
             )
-            .await?;
-        Ok(row.try_get(0)?)
+            .bind(LOCK_CLASS)
+            .bind(incarnation)
+            .fetch_one(session)
+            .await
+        })
+        .await
     }
 }

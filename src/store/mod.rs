@@ -10,6 +10,7 @@ mod config_changes;
 mod features;
 mod incarnation;
 mod ledger;
+mod sealed_keys;
 mod smtp_configs;
 
 use std::collections::BTreeSet;
@@ -18,8 +19,7 @@ use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, PgConnection};
 
 pub use audit::AuditEntry;
@@ -29,6 +29,7 @@ pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
+pub use sealed_keys::SealedReport;
 pub use smtp_configs::{
     LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
     StoredAccount, Unreadable,
@@ -117,23 +118,20 @@ impl Store {
     /// # Errors
     /// When the database did not answer.
     pub async fn schema_state(&self) -> Result<SchemaState, StoreError> {
-        let exists: bool = self
-            .bounded(
-                sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
-                    .fetch_one(&self.pool),
-            )
-            .await?;
-        let applied: BTreeSet<i64> = if exists {
-            self.bounded(
+        let applied: Vec<i64> = self
+            .on_session(async |session| {
+                let exists: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
+                    .fetch_one(&mut *session)
+                    .await?;
+                if !exists {
+                    return Ok(Vec::new());
+                }
                 sqlx::query_scalar("SELECT version FROM _sqlx_migrations WHERE success")
-                    .fetch_all(&self.pool),
-            )
-            .await?
-            .into_iter()
-            .collect()
-        } else {
-            BTreeSet::new()
-        };
+                    .fetch_all(session)
+                    .await
+            })
+            .await?;
+        let applied: BTreeSet<i64> = applied.into_iter().collect();
         let known: BTreeSet<i64> = MIGRATIONS.iter().map(|migration| migration.version).collect();
         let missing = known.difference(&applied).count();
         Ok(if missing > 0 {
@@ -150,7 +148,7 @@ impl Store {
     /// # Errors
     /// When it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        self.bounded(sqlx::query("SELECT 1").execute(&self.pool)).await.map(drop)
+        self.on_session(async |session| sqlx::query("SELECT 1").execute(session).await).await.map(drop)
     }
 
     /// The server's major version, to be compared with [`OLDEST_SERVER`].
@@ -159,9 +157,11 @@ impl Store {
     /// When the database did not answer.
     pub async fn server_version(&self) -> Result<u32, StoreError> {
         let number: i32 = self
-            .bounded(
-                sqlx::query_scalar("SELECT current_setting('server_version_num')::int").fetch_one(&self.pool),
-            )
+            .on_session(async |session| {
+                sqlx::query_scalar("SELECT current_setting('server_version_num')::int")
+                    .fetch_one(session)
+                    .await
+            })
             .await?;
         Ok(number.unsigned_abs() / 10_000)
     }
@@ -194,44 +194,34 @@ impl Store {
                     "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 3; SET tcp_keepalives_count = 3",
                 ))
                 .await?;
-            Ok(session)
+            Ok::<_, StoreError>(session)
         };
-        self.bounded(connecting).await
+        tokio::time::timeout(ACQUIRE_BOUND, connecting).await.map_err(silence)?
     }
 
-    /// A connection of the pool for [`Session::run`].
-    async fn session(&self) -> Result<Session, StoreError> {
-        Ok(Session(self.pool.acquire().await?))
-    }
-
-    /// Runs a statement within [`STATEMENT_BOUND`].
-    async fn bounded<T>(
+    /// Runs statements on a connection of the pool, all of them within [`STATEMENT_BOUND`]. A connection that did not
+    /// answer is thrown away: the pool would wait for it.
+    async fn on_session<T>(
         &self,
-        statement: impl Future<Output = Result<T, sqlx::Error>>,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        Ok(tokio::time::timeout(STATEMENT_BOUND, statement).await.map_err(silence)??)
-    }
-}
-
-/// A pooled connection that is thrown away when it did not answer in time.
-struct Session(PoolConnection<Postgres>);
-
-impl Session {
-    fn connection(&mut self) -> &mut PgConnection {
-        &mut self.0
+        self.on_session_within(STATEMENT_BOUND, statements).await
     }
 
-    /// Ends the use of the connection with what a statement on it came to.
-    fn end<T>(
-        mut self,
-        result: Result<Result<T, sqlx::Error>, tokio::time::error::Elapsed>,
+    /// The same within another limit, the wait for a connection included.
+    async fn on_session_within<T>(
+        &self,
+        limit: Duration,
+        statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        result
-            .map_err(|elapsed| {
-                self.0.close_on_drop();
-                silence(elapsed)
-            })?
-            .map_err(StoreError::from)
+        let mut session = tokio::time::timeout(limit, self.pool.acquire()).await.map_err(silence)??;
+        match tokio::time::timeout(limit, statements(&mut session)).await {
+            Ok(result) => Ok(result?),
+            Err(elapsed) => {
+                session.close_on_drop();
+                Err(silence(elapsed))
+            }
+        }
     }
 }
 
@@ -293,5 +283,19 @@ mod tests {
         let error =
             Store::new(&"mysql//root:hunter2@h".to_owned().into(), 1).err().expect("no URL of PostgreSQL");
         assert!(!error.to_string().contains("hunter2"));
+    }
+
+    #[test]
+    fn every_question_can_be_asked_from_a_spawned_task() {
+        fn spawned<T: Send>(_: impl Fn(Store) -> T) {}
+        spawned(|store| async move { store.migrate().await });
+        spawned(|store| async move { store.schema_state().await });
+        spawned(|store| async move { store.ping().await });
+        spawned(|store| async move { store.server_version().await });
+        spawned(|store| async move { store.behind_transaction_pooler().await });
+        spawned(|store| async move { store.lane_bindings("p").await });
+        spawned(|store| async move { store.replace_lane_bindings("p", &[]).await });
+        spawned(|store| async move { store.job_status_anywhere(uuid::Uuid::nil()).await });
+        spawned(|store| async move { Sweeper::new(store).sweep(STATEMENT_BOUND).await });
     }
 }

@@ -11,12 +11,11 @@ use std::time::Duration;
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use time::OffsetDateTime;
-use tokio::time::Instant;
 
 pub use changes::{NewSmtpConfig, SmtpConfigPatch};
 pub use sending::{RouteFacts, StoredAccount, Unreadable};
 
-use super::{Store, StoreError, silence};
+use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 use crate::secrets::KeyRing;
 
@@ -35,8 +34,8 @@ const SHOWN: &str = concat!(
     shown_columns!(),
     " FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1"
 );
-/// For a person who waits for an answer.
-const READ_LIMIT: Duration = Duration::from_secs(3);
+/// For a person who waits for an answer: to get a connection, and again to get the row.
+const READ_LIMIT: Duration = Duration::from_secs(2);
 
 /// The configurations, with the keys that their credentials are sealed under. Cheap to clone.
 #[derive(Clone)]
@@ -121,11 +120,8 @@ impl SmtpConfigs {
         organization: &OrganizationId,
         limit: Duration,
     ) -> Result<Option<PgRow>, StoreError> {
-        let end = Instant::now() + limit;
-        let mut session = tokio::time::timeout_at(end, self.store.session()).await.map_err(silence)??;
-        let row = sqlx::query(query).bind(organization.as_str()).fetch_optional(session.connection());
-        let row = tokio::time::timeout_at(end, row).await;
-        session.end(row)
+        let one = sqlx::query(query).bind(organization.as_str());
+        self.store.on_session_within(limit, async |session| one.fetch_optional(session).await).await
     }
 }
 

@@ -1,4 +1,9 @@
 //! Black-box tests against real services, in one binary.
+
+mod broker;
+mod cli;
 mod configs;
+mod delivery;
 mod ledger;
+mod smtp_sessions;
 mod support;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use backon::{ExponentialBuilder, Retryable};
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
 use sqlx::{Acquire, PgConnection, Row};
@@ -10,7 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::super::batch::{Batcher, Work};
-use super::super::{Incarnations, STATEMENT_BOUND, Store, StoreError};
+use super::super::{Incarnations, Store, StoreError};
 use super::grants::Grants;
 use super::settle::{SettleRequest, Settles};
 use super::{RowKey, count, organization_text, row_key, until, without_nul};
@@ -113,10 +114,7 @@ impl Work for Claims {
                 .map(|claim| format!("{}/{}", claim.key.id, organization_text(&claim.key)))
                 .collect(),
         };
-        let mut session = self.store.session().await?;
-        let statement =
-            tokio::time::timeout(STATEMENT_BOUND, asking.answer(session.connection(), claims)).await;
-        let mut rows = session.end(statement)?;
+        let mut rows = self.store.on_session(async |session| asking.answer(session, claims).await).await?;
         let mut answers = Vec::with_capacity(claims.len());
         for claim in claims {
             let answer = match rows.remove(&row_key(&claim.key)) {
@@ -152,8 +150,11 @@ impl Work for Claims {
         };
         let settles = self.settles.clone();
         tokio::spawn(async move {
-            if let Err(error) = settles.ask(SettleRequest { settle, token }).await {
-                tracing::warn!(%error, "a claim that nobody waits for could not be given back");
+            let pauses = ExponentialBuilder::default().with_jitter().without_max_times();
+            let release = || settles.ask(SettleRequest { settle: settle.clone(), token });
+            let released = release.retry(pauses).when(|error| matches!(error, StoreError::Unavailable(_)));
+            if let Err(error) = released.await {
+                tracing::error!(%error, "a claim that nobody waits for could not be given back");
             }
         });
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use super::super::batch::Work;
-use super::super::{STATEMENT_BOUND, Store, StoreError};
+use super::super::{Store, StoreError};
 use super::grants::{Grants, Token};
 use super::{RowKey, organization_text, row_key, without_nul};
 use crate::model::ledger::{Gate, GateAnswer};
@@ -61,9 +61,7 @@ impl Work for Gates {
 
     async fn run(&self, requests: &[&GateRequest]) -> Result<Vec<Option<GateAnswer>>, StoreError> {
         let gates: Vec<&Gate> = requests.iter().map(|request| &request.gate).collect();
-        let mut session = self.store.session().await?;
-        let statement = tokio::time::timeout(STATEMENT_BOUND, answer(session.connection(), &gates)).await;
-        let answers = session.end(statement)?;
+        let answers = self.store.on_session(async |session| answer(session, &gates).await).await?;
         for (request, answer) in requests.iter().zip(&answers) {
             if *answer == GateAnswer::NotOwner {
                 self.grants.end(&request.gate.key, request.token);

@@ -102,18 +102,13 @@ impl Sweeper {
 
     async fn sweep_jobs(&mut self, retention: Duration) -> Result<Sweep, StoreError> {
         let (id, organization) = self.job.clone().unzip();
-        let row = self
-            .store
-            .bounded(
-                sqlx::query(SWEEP_JOBS)
-                    .bind(id)
-                    .bind(organization)
-                    .bind(SLICE)
-                    .bind(retention.as_secs_f64())
-                    .bind((retention + LETTER_GRACE).as_secs_f64())
-                    .fetch_one(&self.store.pool),
-            )
-            .await?;
+        let question = sqlx::query(SWEEP_JOBS)
+            .bind(id)
+            .bind(organization)
+            .bind(SLICE)
+            .bind(retention.as_secs_f64())
+            .bind((retention + LETTER_GRACE).as_secs_f64());
+        let row = self.store.on_session(async |session| question.fetch_one(session).await).await?;
         let sweep = read(&row)?;
         let last = Option::zip(row.try_get("id")?, row.try_get("organization_id")?);
         self.job = last.filter(|_| !sweep.complete);
@@ -122,17 +117,9 @@ impl Sweeper {
 
     async fn sweep_groups(&mut self, retention: Duration) -> Result<Sweep, StoreError> {
         let (organization, name) = self.group.clone().unzip();
-        let row = self
-            .store
-            .bounded(
-                sqlx::query(SWEEP_GROUPS)
-                    .bind(organization)
-                    .bind(name)
-                    .bind(SLICE)
-                    .bind(retention.as_secs_f64())
-                    .fetch_one(&self.store.pool),
-            )
-            .await?;
+        let question =
+            sqlx::query(SWEEP_GROUPS).bind(organization).bind(name).bind(SLICE).bind(retention.as_secs_f64());
+        let row = self.store.on_session(async |session| question.fetch_one(session).await).await?;
         let sweep = read(&row)?;
         let last = Option::zip(row.try_get("organization_id")?, row.try_get("name")?);
         self.group = last.filter(|_| !sweep.complete);

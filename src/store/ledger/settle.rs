@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use super::super::batch::Work;
-use super::super::{STATEMENT_BOUND, Store, StoreError};
+use super::super::{Store, StoreError};
 use super::grants::{Grants, Token};
 use super::{RowKey, organization_text, row_key, stored_count, without_nul};
 use crate::model::ledger::{AttemptRecord, Settle, SettleAnswer, Settlement, State};
@@ -83,9 +83,7 @@ impl Work for Settles {
 
     async fn run(&self, requests: &[&SettleRequest]) -> Result<Vec<Option<SettleAnswer>>, StoreError> {
         let settles: Vec<&Settle> = requests.iter().map(|request| &request.settle).collect();
-        let mut session = self.store.session().await?;
-        let statement = tokio::time::timeout(STATEMENT_BOUND, settle(session.connection(), &settles)).await;
-        let recorded = session.end(statement)?;
+        let recorded = self.store.on_session(async |session| settle(session, &settles).await).await?;
         let answers = requests.iter().enumerate().map(|(position, request)| {
             self.grants.end(&request.settle.key, request.token);
             Some(match recorded.get(&position) {

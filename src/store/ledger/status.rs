@@ -46,7 +46,7 @@ impl Store {
 
     async fn statuses(&self, id: Uuid, organization: Option<&str>) -> Result<Vec<JobStatus>, StoreError> {
         let question = sqlx::query_as(STATUS).bind(id).bind(organization).bind(LOCK_CLASS);
-        let rows: Vec<StatusRow> = self.bounded(question.fetch_all(&self.pool)).await?;
+        let rows: Vec<StatusRow> = self.on_session(async |session| question.fetch_all(session).await).await?;
         Ok(rows.into_iter().map(|StatusRow(status)| status).collect())
     }
 }

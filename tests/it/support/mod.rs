@@ -1,3 +1,9 @@
-//! What the tests are run against.
+//! What the tests are run against: servers of their own, scripted where they must misbehave.
+
+pub mod broker;
+pub mod certs;
 pub mod database;
 pub mod dns;
+pub mod proxy;
+pub mod smtp_server;
+pub mod world;

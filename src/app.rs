@@ -1,0 +1,405 @@
+//! The composition root: builds the worker's parts, starts them in order, and stops them in the opposite one.
+//! Guarantee: start order of the services does not matter; after the stop nothing that was taken is left unsettled.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::broker::Broker;
+use crate::broker::wire::WireLimits;
+use crate::clock::Clock;
+use crate::control::{self, Control, ControlRules};
+use crate::delivery::database::{DatabaseState, DatabaseWatch};
+use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
+use crate::delivery::in_hand::ServedLane;
+use crate::delivery::lanes;
+use crate::delivery::settle::Desk;
+use crate::delivery::worker::{KeysMissing, Limits, Worker};
+use crate::http::{self, Part, Readiness};
+use crate::model::failure::Phase;
+use crate::model::policy::RetryLimits;
+use crate::parts;
+use crate::settings::{CustomSmtp, Settings};
+use crate::shutdown::Shutdown;
+use crate::smtp::Deadlines;
+use crate::smtp::TlsRoots;
+use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
+use crate::smtp::{Pool, PoolLimits};
+use crate::store::{
+    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, Ledger, SchemaState, SmtpConfigs, Store, Sweeper,
+};
+use crate::telemetry::{self, ConnectionState, Metrics};
+
+/// Connections to PostgreSQL, beside the one that holds the worker's lock and the one that listens.
+const DATABASE_CONNECTIONS: u32 = 16;
+/// Organizations whose configuration is kept in memory.
+const CONFIGS_CACHED: usize = 20_000;
+/// Pause between two looks at a schema that is not this program's.
+const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
+/// How often gauges are set.
+const GAUGE_PAUSE: Duration = Duration::from_secs(1);
+/// How often a slice of the ledger is looked through for what may be forgotten.
+const SWEEP_PAUSE: Duration = Duration::from_secs(60);
+/// For idle SMTP sessions to say goodbye.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Runs the worker until a signal has stopped it.
+///
+/// # Errors
+/// When it cannot start whatever the services do: a port that is taken, a certificate file that cannot be read.
+pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Result<()> {
+    let shutdown = Shutdown::new();
+    let signals = shutdown.listen(drain_timeout).context("listening for signals")?;
+    for warning in settings.warnings() {
+        tracing::warn!("{warning}");
+    }
+    let metrics = Metrics::install()?;
+    let readiness = Readiness::new();
+    let server = http::Server::bind(settings.http.listen).await?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), http = %server.address(), "sendoff starts");
+    let http = tokio::spawn(server.serve(readiness.clone(), metrics.clone(), shutdown.clone()));
+
+    let store = parts::store(&settings, DATABASE_CONNECTIONS)?;
+    let running = Running::build(&settings, store.clone(), &readiness, &shutdown)?;
+    let ready = tokio::select! {
+        () = shutdown.stop_taking() => false,
+        () = schema_ready(&store, settings.database.migrate_on_start, &readiness) => true,
+    };
+    if ready {
+        running.run(&settings, metrics).await?;
+    }
+    shutdown.stop();
+    // It has been told to stop, and serves nobody who could wait.
+    let _ = http.await;
+    signals.abort();
+    tracing::info!("sendoff has stopped");
+    Ok(())
+}
+
+/// Waits for the database and for a schema that is this program's, however long it takes.
+async fn schema_ready(store: &Store, migrate: bool, readiness: &Readiness) {
+    let mut said = String::new();
+    loop {
+        let problem = match look_at_schema(store, migrate).await {
+            Ok(None) => break,
+            Ok(Some(problem)) => problem,
+            Err(error) => error.to_string(),
+        };
+        if problem != said {
+            tracing::warn!(%problem, "waiting for the database");
+            readiness.down(Part::Schema, problem.clone());
+            said = problem;
+        }
+        tokio::time::sleep(SCHEMA_PAUSE).await;
+    }
+    readiness.up(Part::Schema);
+}
+
+async fn look_at_schema(store: &Store, migrate: bool) -> Result<Option<String>, crate::store::StoreError> {
+    Ok(match store.schema_state().await? {
+        SchemaState::Current => None,
+        SchemaState::Behind(missing) if migrate => {
+            tracing::info!(missing, "migrating the database");
+            store.migrate().await?;
+            None
+        }
+        SchemaState::Behind(missing) => {
+            Some(format!("{missing} migrations are missing: run `sendoff migrate`"))
+        }
+        SchemaState::Ahead => {
+            Some("the schema is of a newer version of sendoff: upgrade this worker".to_owned())
+        }
+    })
+}
+
+/// The parts of a running worker.
+struct Running {
+    store: Store,
+    readiness: Readiness,
+    shutdown: Shutdown,
+    clock: Clock,
+    pool: Pool,
+    dispatcher: Dispatcher,
+    configs: SmtpConfigs,
+    egress: Arc<crate::egress::Egress>,
+    broker: crate::broker::BrokerSettings,
+}
+
+impl Running {
+    fn build(
+        settings: &Settings,
+        store: Store,
+        readiness: &Readiness,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<Self> {
+        let egress = parts::egress(settings)?;
+        let roots = TlsRoots::load(&settings.smtp.extra_ca_files)?;
+        for warning in roots.warnings() {
+            tracing::warn!("{warning}");
+        }
+        let smtp = &settings.smtp;
+        let options = SmtpOptions {
+            deadlines: Deadlines {
+                connect: smtp.connect_timeout,
+                command: smtp.command_timeout,
+                data: smtp.data_timeout,
+                final_reply: smtp.final_reply_timeout,
+            },
+            hello_name: smtp.hello_name.clone(),
+            allow_plaintext_auth: settings.egress.allow_plaintext_auth,
+        };
+        let connector = SmtpConnector::new(egress.clone(), roots, options, Arc::new(Heard));
+        let pool_limits = PoolLimits {
+            max_messages_per_connection: smtp.max_messages_per_connection,
+            idle_timeout: smtp.idle_timeout,
+        };
+        let limits = DispatchLimits {
+            sessions: settings.delivery.max_sessions as usize,
+            per_organization: smtp.max_connections_per_organization as usize,
+            platform: settings.platform.as_ref().map_or(1, |platform| platform.max_connections as usize),
+            line: longest_line(settings),
+        };
+        Ok(Self {
+            configs: SmtpConfigs::new(store.clone(), parts::key_ring(settings)?),
+            store,
+            readiness: readiness.clone(),
+            shutdown: shutdown.clone(),
+            clock: Clock::system(),
+            pool: Pool::new(connector, pool_limits),
+            dispatcher: Dispatcher::new(limits),
+            egress,
+            broker: parts::broker(settings)?,
+        })
+    }
+
+    /// Works until the first stage of a stop, then drains.
+    async fn run(self, settings: &Settings, metrics: Metrics) -> anyhow::Result<()> {
+        let database = DatabaseWatch::new();
+        let incarnations = Incarnations::start(self.store.clone(), DEAD_AFTER);
+        let ledger = Ledger::new(self.store.clone(), incarnations.clone(), telemetry::ledger_batch);
+        let cache = ConfigCache::new(self.configs.clone(), CONFIGS_CACHED);
+        let broker = Arc::new(Broker::start(self.broker.clone(), Arc::new(dropped)));
+        let mut beside = JoinSet::new();
+        beside.spawn(database.clone().run(self.store.clone(), self.shutdown.clone()));
+        beside.spawn(follow_configs(cache.clone(), self.store.clone(), self.shutdown.clone()));
+        beside.spawn(show_state(
+            self.readiness.clone(),
+            database.clone(),
+            broker.state(),
+            self.shutdown.clone(),
+        ));
+        beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
+        beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
+        let pausing = tokio::spawn(lanes::pause_without_database(
+            broker.clone(),
+            database.clone(),
+            self.shutdown.clone(),
+        ));
+
+        let worker =
+            Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
+        self.serve_commands(settings, &broker);
+        let lanes = serve_lanes(settings, &worker, &broker)?;
+
+        self.shutdown.stop_taking().await;
+        tracing::info!("stopping: no new work is taken, sends in flight may finish");
+        pausing.await.context("the task that pauses lanes")?;
+        broker.stop_consuming().await;
+        for lane in lanes {
+            lane.await.context("a lane's task")?;
+        }
+        self.shutdown.stop();
+        while beside.join_next().await.is_some() {}
+        self.pool.close_all(GOODBYE_LIMIT).await;
+        incarnations.stop().await;
+        match Arc::into_inner(broker) {
+            Some(broker) => broker.close().await,
+            None => tracing::warn!("the broker's connections are closed by the end of the process"),
+        }
+        Ok(())
+    }
+
+    fn worker(
+        &self,
+        settings: &Settings,
+        ledger: Ledger,
+        incarnations: Incarnations,
+        configs: ConfigCache,
+        database: DatabaseWatch,
+        broker: &Broker,
+    ) -> Worker {
+        let retry =
+            RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
+        let readiness = self.readiness.clone();
+        Worker {
+            desk: Desk {
+                ledger: ledger.clone(),
+                store: self.store.clone(),
+                publisher: broker.publisher(),
+                database: database.clone(),
+                retry: retry.clone(),
+                clock: self.clock.clone(),
+                shutdown: self.shutdown.clone(),
+            },
+            ledger,
+            incarnations,
+            configs,
+            dispatcher: self.dispatcher.clone(),
+            pool: self.pool.clone(),
+            database,
+            keys_missing: KeysMissing(Box::new(move |id| {
+                readiness.down(
+                    Part::Keys,
+                    format!("a configuration is sealed under the key `{id}`, which encryption.keys lacks"),
+                );
+            })),
+            platform: settings.platform.as_ref().map(|platform| Arc::new(platform.account.clone())),
+            limits: Limits {
+                wire: WireLimits {
+                    max_recipients: settings.limits.max_recipients,
+                    max_message_bytes: settings.limits.max_message_bytes,
+                },
+                retry,
+                attempt_timeout: settings.smtp.attempt_timeout,
+                custom_smtp: settings.delivery.custom_smtp,
+            },
+            clock: self.clock.clone(),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
+    fn serve_commands(&self, settings: &Settings, broker: &Broker) {
+        let rules = ControlRules {
+            custom_smtp_for_all: settings.delivery.custom_smtp == CustomSmtp::All,
+            allowed_users: settings.control.allowed_users.clone(),
+        };
+        let control = Control::new(
+            self.store.clone(),
+            self.configs.clone(),
+            self.egress.clone(),
+            self.clock.clone(),
+            rules,
+        );
+        let publisher = broker.publisher();
+        broker.serve_commands(move |body, meta| {
+            let (control, publisher) = (control.clone(), publisher.clone());
+            async move {
+                let meta = control::CommandMeta { user_id: meta.user_id };
+                let (response, events) = control.handle(&body, meta).await;
+                telemetry::control_command(response.command(), response.code());
+                for event in events {
+                    if let Err(error) = publisher.event(&event).await {
+                        tracing::warn!(event = event.what.routing_key(), %error, "an event could not be published");
+                    }
+                }
+                response.to_json()
+            }
+        });
+    }
+}
+
+/// Starts a task for each lane.
+fn serve_lanes(
+    settings: &Settings,
+    worker: &Arc<Worker>,
+    broker: &Broker,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    let serve = |name: &str| {
+        let deliveries = broker.lane(name).context("a lane of the settings is one of the broker's")?;
+        Ok(tokio::spawn(lanes::serve(worker.clone(), ServedLane::new(name), deliveries)))
+    };
+    settings.amqp.lanes.iter().map(|lane| serve(&lane.name)).collect()
+}
+
+/// Half of the largest prefetch: one destination that works may fill no more than that with waiting jobs.
+fn longest_line(settings: &Settings) -> usize {
+    let prefetch = settings.amqp.lanes.iter().map(|lane| usize::from(lane.prefetch)).max();
+    (prefetch.unwrap_or(2) / 2).max(1)
+}
+
+fn dropped(lane: &str) {
+    telemetry::delivery_dropped();
+    tracing::error!(lane, "a delivery was dropped unsettled; it goes back to its queue");
+}
+
+/// Hands what the SMTP sessions tell to the metrics.
+struct Heard;
+
+impl Observer for Heard {
+    fn phase(&self, phase: Phase, took: Duration) {
+        telemetry::phase(phase, took);
+    }
+
+    fn egress_refused(&self, rule: &'static str) {
+        telemetry::egress_refused(rule);
+    }
+}
+
+async fn follow_configs(cache: ConfigCache, store: Store, shutdown: Shutdown) {
+    tokio::select! {
+        () = cache.follow(ConfigChanges::new(store)) => {}
+        () = shutdown.stop_now() => {}
+    }
+}
+
+/// Keeps `/readyz` and the two gauges true.
+async fn show_state(
+    readiness: Readiness,
+    database: DatabaseWatch,
+    mut broker: tokio::sync::watch::Receiver<crate::broker::BrokerState>,
+    shutdown: Shutdown,
+) {
+    let mut database = database.subscribe();
+    readiness.up(Part::Keys);
+    loop {
+        match &*database.borrow_and_update() {
+            DatabaseState::Up => readiness.up(Part::Database),
+            DatabaseState::Away(why) => readiness.down(Part::Database, why.clone()),
+        }
+        let reason = broker.borrow_and_update().reason().map(str::to_owned);
+        telemetry::broker_connected(reason.is_none());
+        match reason {
+            None => readiness.up(Part::Broker),
+            Some(why) => readiness.down(Part::Broker, why),
+        }
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            changed = database.changed() => if changed.is_err() { return },
+            changed = broker.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdown: Shutdown) {
+    loop {
+        telemetry::connections(ConnectionState::Idle, pool.idle());
+        telemetry::connections(ConnectionState::Busy, pool.active());
+        let (waiting, in_flight) = dispatcher.counts();
+        telemetry::dispatch(waiting, in_flight);
+        metrics.upkeep();
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = tokio::time::sleep(GAUGE_PAUSE) => {}
+        }
+    }
+}
+
+/// Walks through the ledger, slice by slice, and deletes what is past `ledger.retention_days`.
+async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) {
+    let mut sweeper = Sweeper::new(store);
+    loop {
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = tokio::time::sleep(SWEEP_PAUSE) => {}
+        }
+        match sweeper.sweep(retention).await {
+            Ok(sweep) if sweep.forgotten > 0 => {
+                tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the ledger could not be looked through now"),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Commands in, replies out.
+//! Guarantee: a command is carried out at most once: it is acknowledged before its handler starts. A reply never goes to
+//! one of our own queues.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use lapin::Consumer;
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicCancelOptions};
+use lapin::types::ShortString;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::jobs::{self, Consuming, Intent};
+use super::link::{self, LinkReceiver, Live};
+use super::publisher::Publisher;
+use super::topology::Names;
+
+/// Commands handled at once. A test email can take a minute, and the next admin should not wait for it.
+const CONCURRENCY: u16 = 16;
+/// For the broker to confirm that no more commands come.
+const CANCEL_LIMIT: std::time::Duration = std::time::Duration::from_secs(3);
+/// The answer where a handler broke down.
+const BROKEN: &[u8] =
+    br#"{"ok":false,"error":{"code":"internal","message":"The command failed inside the worker; its log says more."}}"#;
+
+/// What the broker vouches for about a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandMeta {
+    /// The AMQP user that sent it, which the broker has verified; `None` when the sender did not state it.
+    pub user_id: Option<String>,
+}
+
+pub(super) struct Server<H> {
+    pub names: Names,
+    pub link: LinkReceiver,
+    pub intent: watch::Receiver<Intent>,
+    pub consuming: Arc<Consuming>,
+    pub publisher: Publisher,
+    pub handler: Arc<H>,
+}
+
+impl<H, F> Server<H>
+where
+    H: Fn(Vec<u8>, CommandMeta) -> F + Send + Sync + 'static,
+    F: Future<Output = Vec<u8>> + Send + 'static,
+{
+    pub async fn run(mut self) {
+        let slots = Arc::new(Semaphore::new(usize::from(CONCURRENCY)));
+        let mut stopping = self.intent.clone();
+        let stop = async move {
+            // An error means that nobody is left to serve.
+            let _stopped = stopping.wait_for(|intent| *intent == Intent::Stop).await;
+        };
+        let mut stop = std::pin::pin!(stop);
+        let mut pauses = link::pauses();
+        loop {
+            let live = tokio::select! {
+                () = &mut stop => return,
+                live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
+            };
+            let _consuming = self.consuming.enter();
+            match jobs::consume(&live, &self.names.control(), CONCURRENCY).await {
+                Ok((channel, mut consumer)) => {
+                    pauses = link::pauses();
+                    loop {
+                        let next = tokio::select! {
+                            () = &mut stop => {
+                                let cancel = channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+                                // What was prefetched goes back when the channel closes, right below.
+                                let _cancelled = tokio::time::timeout(CANCEL_LIMIT, cancel).await;
+                                return;
+                            }
+                            next = live.while_up(next_command(&slots, &mut consumer)) => next.flatten(),
+                        };
+                        let Some((slot, command)) = next else { break };
+                        self.accept(&live, slot, command).await;
+                    }
+                }
+                Err(error) if live.is_up() => {
+                    tracing::warn!(%error, "cannot consume commands; declaring the topology again");
+                    if let Err(error) = live.declare().await {
+                        tracing::warn!(%error, "cannot declare the topology");
+                    }
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = &mut stop => return,
+                () = tokio::time::sleep(pauses.next().unwrap_or(CANCEL_LIMIT)) => {}
+            }
+        }
+    }
+
+    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, command: Delivery) {
+        let acknowledged = live.while_up(command.acker.ack(BasicAckOptions::default())).await;
+        if !matches!(acknowledged, Some(Ok(true))) {
+            // Not acknowledged, so it comes again: carrying it out now would be once too often.
+            return;
+        }
+        let (names, publisher, handler) = (self.names.clone(), self.publisher.clone(), self.handler.clone());
+        tokio::spawn(async move {
+            let _slot = slot;
+            let text = |text: &Option<ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
+            let meta = CommandMeta { user_id: text(command.properties.user_id()) };
+            let reply_to = text(command.properties.reply_to());
+            let correlation_id = text(command.properties.correlation_id());
+            let handling = tokio::spawn(handler(command.data, meta));
+            let reply = handling.await.unwrap_or_else(|_| BROKEN.to_vec());
+            let Some(reply_to) = reply_to.filter(|queue| may_reply_to(&names, queue)) else { return };
+            if let Err(error) = publisher.reply(&reply_to, correlation_id.as_deref(), &reply).await {
+                tracing::debug!(%error, "a reply found nobody");
+            }
+        });
+    }
+}
+
+/// The next command, with the slot it is to be handled in; `None` when the consumer has ended.
+async fn next_command(
+    slots: &Arc<Semaphore>,
+    consumer: &mut Consumer,
+) -> Option<(OwnedSemaphorePermit, Delivery)> {
+    let slot = slots.clone().acquire_owned().await.ok()?;
+    let command = consumer.next().await?.ok()?;
+    Some((slot, command))
+}
+
+/// Whether a reply may go to a queue: not to ours, where it would be taken for a job or a command, and under the broker's
+/// own prefix only to what clients use for replies.
+fn may_reply_to(names: &Names, queue: &str) -> bool {
+    let reserved = queue.starts_with("amq.")
+        && !queue.starts_with("amq.rabbitmq.reply-to")
+        && !queue.starts_with("amq.gen-");
+    !queue.is_empty() && !names.owns(queue) && !reserved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_goes_to_a_clients_queue_and_never_to_ours() {
+        let names = Names::new("sendoff");
+        for queue in ["amq.rabbitmq.reply-to.g1h2", "amq.gen-abc", "backoffice.replies", "sendofficial"] {
+            assert!(may_reply_to(&names, queue), "{queue}");
+        }
+        for queue in ["", "sendoff", "sendoff.control", "sendoff.jobs.notifications", "amq.topic"] {
+            assert!(!may_reply_to(&names, queue), "{queue}");
+        }
+    }
+
+    #[test]
+    fn the_answer_of_a_broken_handler_is_json() {
+        let reply: serde_json::Value = serde_json::from_slice(BROKEN).unwrap();
+        assert_eq!(reply["error"]["code"], "internal");
+    }
+}

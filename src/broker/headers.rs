@@ -1,0 +1,527 @@
+//! A message's properties: what is read from them, and what a republish carries on.
+//! Guarantee: nothing a publisher writes into headers can fail the reading, and a republish carries content type, ids,
+//! timestamp, `traceparent` and small `sendoff-*` headers only: never `user_id`, `expiration`, `CC`, `BCC` or `x-*`.
+
+use std::collections::BTreeMap;
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::topology::{Names, short};
+use crate::model::failure::Reason;
+use crate::model::ledger::Turn;
+use crate::model::text;
+
+const ATTEMPT: &str = "sendoff-attempt";
+const FIRST_AT: &str = "sendoff-first-at";
+const LANE: &str = "sendoff-lane";
+const ROUTING_KEY: &str = "sendoff-routing-key";
+const TURN: &str = "sendoff-turn";
+const REASON: &str = "sendoff-reason";
+const DETAIL: &str = "sendoff-detail";
+const DIED_AT: &str = "sendoff-died-at";
+const OURS: [&str; 8] = [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, REASON, DETAIL, DIED_AT];
+const TRACEPARENT: &str = "traceparent";
+
+/// W3C Trace Context: 55 characters in version 00, with room for later ones.
+const TRACEPARENT_MAX: usize = 128;
+/// A further `sendoff-*` header's value; longer ones are not carried on.
+const EXTRA_VALUE_MAX: usize = 256;
+/// Further `sendoff-*` headers carried on.
+const EXTRA_COUNT_MAX: usize = 16;
+/// A dead letter's detail.
+const DETAIL_MAX: usize = 500;
+
+/// A job, a copy of it, or its dead letter, as it came off a queue.
+#[derive(Clone)]
+pub struct Received {
+    /// The publisher's bytes.
+    pub body: Vec<u8>,
+    /// The lane it belongs to; unknown only for a dead letter that never had one.
+    pub lane: Option<String>,
+    /// As published, whichever way it came.
+    pub routing_key: String,
+    /// Whether the broker has handed it out before.
+    pub redelivered: bool,
+    /// Attempts made so far, as the copy says; the ledger knows better.
+    pub attempt: u32,
+    /// When the job was first seen, as the copy says.
+    pub first_at: Option<OffsetDateTime>,
+    /// Which copy this is, as the copy says; 0 where it says nothing usable.
+    pub turn: Turn,
+    /// What a republish carries on.
+    pub carried: Carried,
+    /// On a message from the dead letter queue: what killed it.
+    pub death: Option<Death>,
+}
+
+/// Properties of the publisher's that every republish keeps.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// MIME type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_type: Option<String>,
+    /// The publisher's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message_id: Option<String>,
+    /// The publisher's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<String>,
+    /// When it was published, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp_s: Option<u64>,
+    /// W3C Trace Context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    /// Further headers named `sendoff-*`, small ones only.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub extra: BTreeMap<String, Scalar>,
+}
+
+/// A small header value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Scalar {
+    /// A boolean.
+    Flag(bool),
+    /// Any of AMQP's integers.
+    Integer(i64),
+    /// UTF-8 text.
+    Text(String),
+}
+
+/// What the worker says of a copy that it makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JobHeaders {
+    /// Attempts made so far.
+    pub attempt: u32,
+    /// When the job was first seen.
+    pub first_at: OffsetDateTime,
+    /// The turn that the copy belongs to.
+    pub turn: Turn,
+}
+
+/// Why a message is in the dead letter queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    /// A worker's reason; or `unroutable`, `crash_loop` or `expired` where the broker killed it.
+    pub reason: Reason,
+    /// In words.
+    pub detail: Option<String>,
+    /// When; unknown for an unroutable job.
+    pub died_at: Option<OffsetDateTime>,
+}
+
+impl Received {
+    /// When the publisher says that it published the job.
+    pub fn published_at(&self) -> Option<OffsetDateTime> {
+        let seconds = i64::try_from(self.carried.timestamp_s?).ok()?;
+        OffsetDateTime::from_unix_timestamp(seconds).ok()
+    }
+
+    /// Reads a message from a lane's queue.
+    pub(super) fn from_lane(delivery: &mut lapin::message::Delivery, names: &Names, lane: &str) -> Self {
+        let came_by_topic = delivery.exchange.as_str() == names.jobs();
+        Self::read(delivery, came_by_topic, Some(lane.to_owned()), None)
+    }
+
+    /// Reads a message from the dead letter queue.
+    pub(super) fn from_dead(delivery: &mut lapin::message::Delivery, names: &Names) -> Self {
+        // Through the alternate exchange a message keeps the name of the exchange it was published to.
+        let unrouted = delivery.exchange.as_str() == names.jobs();
+        let headers = delivery.properties.headers().clone().unwrap_or_default();
+        let killer = BrokerDeath::first(&headers);
+        let (lane, death) = match killer {
+            _ if unrouted => (None, Death::unroutable(delivery.routing_key.as_str())),
+            Some(killer) => (names.lane_of(&killer.queue), killer.into_death()),
+            None => (text_of(&headers, LANE, 64), Death::by_worker(&headers)),
+        };
+        Self::read(delivery, unrouted, lane, Some(death))
+    }
+
+    fn read(
+        delivery: &mut lapin::message::Delivery,
+        key_is_original: bool,
+        lane: Option<String>,
+        death: Option<Death>,
+    ) -> Self {
+        let none = FieldTable::default();
+        let headers = delivery.properties.headers().as_ref().unwrap_or(&none);
+        let original = if key_is_original { None } else { text_of(headers, ROUTING_KEY, 255) };
+        Self {
+            lane,
+            routing_key: original.unwrap_or_else(|| delivery.routing_key.as_str().to_owned()),
+            redelivered: delivery.redelivered,
+            attempt: integer_of(headers, ATTEMPT).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
+            first_at: time_of(headers, FIRST_AT),
+            turn: Turn(
+                integer_of(headers, TURN)
+                    .and_then(|n| i32::try_from(n).ok())
+                    .filter(|n| *n >= 0)
+                    .unwrap_or(0),
+            ),
+            carried: Carried::read(&delivery.properties),
+            death,
+            body: std::mem::take(&mut delivery.data),
+        }
+    }
+}
+
+/// Shows sizes and counters: the body is personal data.
+impl std::fmt::Debug for Received {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Received")
+            .field("lane", &self.lane)
+            .field("bytes", &self.body.len())
+            .field("attempt", &self.attempt)
+            .field("turn", &self.turn)
+            .field("death", &self.death.as_ref().map(|death| death.reason))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Carried {
+    fn read(properties: &BasicProperties) -> Self {
+        let owned = |text: &Option<ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
+        let none = FieldTable::default();
+        let headers = properties.headers().as_ref().unwrap_or(&none);
+        let extra = headers
+            .into_iter()
+            .filter(|(name, _)| name.as_str().starts_with("sendoff-") && !OURS.contains(&name.as_str()))
+            .filter_map(|(name, value)| Some((name.as_str().to_owned(), Scalar::read(value)?)))
+            .take(EXTRA_COUNT_MAX);
+        Self {
+            content_type: owned(properties.content_type()),
+            message_id: owned(properties.message_id()),
+            correlation_id: owned(properties.correlation_id()),
+            timestamp_s: *properties.timestamp(),
+            traceparent: text_of(headers, TRACEPARENT, TRACEPARENT_MAX).filter(|value| value.is_ascii()),
+            extra: extra.collect(),
+        }
+    }
+
+    /// Properties of a republish, persistent, with these headers beside the carried ones.
+    pub(super) fn to_properties(&self, ours: Vec<(&'static str, AMQPValue)>) -> BasicProperties {
+        let mut headers = FieldTable::default();
+        for (name, value) in &self.extra {
+            if let Some(name) = short(name) {
+                headers.insert(name, value.to_amqp());
+            }
+        }
+        if let Some(traceparent) = &self.traceparent {
+            headers.insert(TRACEPARENT.into(), long(traceparent));
+        }
+        for (name, value) in ours {
+            headers.insert(name.into(), value);
+        }
+        let mut properties = persistent().with_headers(headers);
+        if let Some(content_type) = self.content_type.as_deref().and_then(short) {
+            properties = properties.with_content_type(content_type);
+        }
+        if let Some(message_id) = self.message_id.as_deref().and_then(short) {
+            properties = properties.with_message_id(message_id);
+        }
+        if let Some(correlation_id) = self.correlation_id.as_deref().and_then(short) {
+            properties = properties.with_correlation_id(correlation_id);
+        }
+        if let Some(timestamp) = self.timestamp_s {
+            properties = properties.with_timestamp(timestamp);
+        }
+        properties
+    }
+}
+
+impl Scalar {
+    fn read(value: &AMQPValue) -> Option<Self> {
+        match value {
+            AMQPValue::Boolean(flag) => Some(Self::Flag(*flag)),
+            AMQPValue::LongString(_) | AMQPValue::ShortString(_) => {
+                text_in(value, EXTRA_VALUE_MAX).map(Self::Text)
+            }
+            other => integer_in(other).map(Self::Integer),
+        }
+    }
+
+    fn to_amqp(&self) -> AMQPValue {
+        match self {
+            Self::Flag(flag) => AMQPValue::Boolean(*flag),
+            Self::Integer(number) => AMQPValue::LongLongInt(*number),
+            Self::Text(text) => long(text),
+        }
+    }
+}
+
+impl Death {
+    fn unroutable(routing_key: &str) -> Self {
+        let key = text::single_line(routing_key);
+        let detail = Some(format!("no lane takes the routing key `{key}`"));
+        Self { reason: Reason::Unroutable, detail, died_at: None }
+    }
+
+    fn by_worker(headers: &FieldTable) -> Self {
+        let reason = text_of(headers, REASON, 64).and_then(|name| Reason::from_name(&name));
+        let detail = text_of(headers, DETAIL, 4 * DETAIL_MAX);
+        Self {
+            reason: reason.unwrap_or(Reason::Internal),
+            detail: detail.map(|detail| text::bounded(&text::single_line(&detail), DETAIL_MAX)),
+            died_at: time_of(headers, DIED_AT),
+        }
+    }
+}
+
+/// The newest entry of `x-death`. A republish by a worker carries none, so on a letter that did not come by the alternate
+/// exchange the first entry is the broker's own, whatever a publisher had put there.
+struct BrokerDeath {
+    queue: String,
+    reason: String,
+    at: Option<OffsetDateTime>,
+}
+
+impl BrokerDeath {
+    fn first(headers: &FieldTable) -> Option<Self> {
+        let AMQPValue::FieldArray(deaths) = headers.inner().get("x-death")? else { return None };
+        let AMQPValue::FieldTable(newest) = deaths.as_slice().first()? else { return None };
+        let at = match newest.inner().get("time") {
+            Some(AMQPValue::Timestamp(seconds)) => {
+                i64::try_from(*seconds).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok())
+            }
+            _ => None,
+        };
+        Some(Self { queue: text_of(newest, "queue", 255)?, reason: text_of(newest, "reason", 64)?, at })
+    }
+
+    fn into_death(self) -> Death {
+        let (reason, detail) = match self.reason.as_str() {
+            "delivery_limit" => {
+                (Reason::CrashLoop, "the broker delivered it up to its limit without an answer".to_owned())
+            }
+            "expired" => (Reason::Expired, "its expiration passed while it waited in its lane".to_owned()),
+            other => {
+                (Reason::Internal, format!("the broker took it from its lane: {}", text::single_line(other)))
+            }
+        };
+        Death { reason, detail: Some(detail), died_at: self.at }
+    }
+}
+
+/// The headers of every copy that a worker makes.
+pub(super) fn job_headers(
+    lane: &str,
+    routing_key: &str,
+    headers: &JobHeaders,
+) -> Vec<(&'static str, AMQPValue)> {
+    vec![
+        (ATTEMPT, AMQPValue::LongLongInt(i64::from(headers.attempt))),
+        (FIRST_AT, time_value(headers.first_at)),
+        (LANE, long(lane)),
+        (ROUTING_KEY, long(routing_key)),
+        (TURN, AMQPValue::LongLongInt(i64::from(headers.turn.0))),
+    ]
+}
+
+/// What a dead letter bears beside them.
+pub(super) fn death_headers(
+    reason: Reason,
+    detail: &str,
+    died_at: OffsetDateTime,
+) -> Vec<(&'static str, AMQPValue)> {
+    vec![
+        (REASON, long(reason.as_str())),
+        (DETAIL, long(&text::bounded(&text::single_line(detail), DETAIL_MAX))),
+        (DIED_AT, time_value(died_at)),
+    ]
+}
+
+/// Delivery mode 2 (AMQP 0-9-1 section 1.8.1): written to disk before it is confirmed.
+pub(super) fn persistent() -> BasicProperties {
+    BasicProperties::default().with_delivery_mode(2)
+}
+
+fn long(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+fn time_value(at: OffsetDateTime) -> AMQPValue {
+    let text = at.format(&Rfc3339);
+    long(&text.expect("a time of the ledger's or the clock's has a year of four digits"))
+}
+
+fn text_of(headers: &FieldTable, name: &str, max: usize) -> Option<String> {
+    text_in(headers.inner().get(name)?, max)
+}
+
+fn text_in(value: &AMQPValue, max: usize) -> Option<String> {
+    let bytes = match value {
+        AMQPValue::LongString(text) => text.as_bytes(),
+        AMQPValue::ShortString(text) => text.as_str().as_bytes(),
+        _ => return None,
+    };
+    (!bytes.is_empty() && bytes.len() <= max).then(|| std::str::from_utf8(bytes).ok().map(str::to_owned))?
+}
+
+fn integer_of(headers: &FieldTable, name: &str) -> Option<i64> {
+    integer_in(headers.inner().get(name)?)
+}
+
+fn integer_in(value: &AMQPValue) -> Option<i64> {
+    match value {
+        AMQPValue::ShortShortInt(n) => Some(i64::from(*n)),
+        AMQPValue::ShortShortUInt(n) => Some(i64::from(*n)),
+        AMQPValue::ShortInt(n) => Some(i64::from(*n)),
+        AMQPValue::ShortUInt(n) => Some(i64::from(*n)),
+        AMQPValue::LongInt(n) => Some(i64::from(*n)),
+        AMQPValue::LongUInt(n) => Some(i64::from(*n)),
+        AMQPValue::LongLongInt(n) => Some(*n),
+        _ => None,
+    }
+}
+
+fn time_of(headers: &FieldTable, name: &str) -> Option<OffsetDateTime> {
+    OffsetDateTime::parse(&text_of(headers, name, 64)?, &Rfc3339).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::message::Delivery;
+    use lapin::types::FieldArray;
+
+    fn delivery(exchange: &str, key: &str, headers: &[(&str, AMQPValue)]) -> Delivery {
+        let mut table = FieldTable::default();
+        for (name, value) in headers {
+            table.insert((*name).into(), value.clone());
+        }
+        let mut delivery = Delivery::mock(1, exchange.into(), key.into(), false, b"{}".to_vec());
+        delivery.properties = BasicProperties::default().with_headers(table);
+        delivery
+    }
+
+    fn deaths(queue: &str, reason: &str) -> AMQPValue {
+        let mut death = FieldTable::default();
+        death.insert("queue".into(), long(queue));
+        death.insert("reason".into(), long(reason));
+        AMQPValue::FieldArray(FieldArray::from(vec![AMQPValue::FieldTable(death)]))
+    }
+
+    #[test]
+    fn a_copy_from_a_delay_queue_keeps_its_routing_key_and_counters() {
+        let mut copy = delivery(
+            "p.jobs.reminders",
+            "p.retry.reminders.10",
+            &[
+                (ROUTING_KEY, long("reminder.day_before")),
+                (ATTEMPT, AMQPValue::LongLongInt(3)),
+                (TURN, AMQPValue::ShortUInt(2)),
+                (FIRST_AT, long("2026-11-22T20:00:00Z")),
+            ],
+        );
+        let received = Received::from_lane(&mut copy, &Names::new("p"), "reminders");
+        assert_eq!(received.routing_key, "reminder.day_before");
+        assert_eq!((received.attempt, received.turn), (3, Turn(2)));
+        assert_eq!(received.first_at, Some(time::macros::datetime!(2026-11-22 20:00 UTC)));
+    }
+
+    #[test]
+    fn headers_of_a_wrong_type_or_a_monstrous_size_are_as_good_as_absent() {
+        let huge = "x".repeat(100_000);
+        let mut hostile = delivery(
+            "p.jobs",
+            "notification.x",
+            &[
+                (ATTEMPT, long("many")),
+                (TURN, AMQPValue::LongLongInt(-5)),
+                (FIRST_AT, AMQPValue::Boolean(true)),
+                (ROUTING_KEY, long("reminder.not_mine")),
+                (REASON, long("malformed")),
+                ("sendoff-note", long("kept")),
+                ("sendoff-huge", long(&huge)),
+                ("sendoff-table", AMQPValue::FieldTable(FieldTable::default())),
+                (TRACEPARENT, long(&huge)),
+                ("x-death", long("not an array")),
+            ],
+        );
+        let received = Received::from_lane(&mut hostile, &Names::new("p"), "notifications");
+        assert_eq!((received.attempt, received.turn, received.first_at), (0, Turn(0), None));
+        assert_eq!(received.routing_key, "notification.x");
+        assert_eq!(received.carried.traceparent, None);
+        assert_eq!(
+            received.carried.extra,
+            BTreeMap::from([("sendoff-note".to_owned(), Scalar::Text("kept".to_owned()))])
+        );
+    }
+
+    #[test]
+    fn who_killed_a_letter_is_told_by_what_a_publisher_cannot_forge() {
+        let names = Names::new("p");
+        let forged = [(REASON, long("auth_failed")), ("x-death", deaths("p.jobs.lane", "delivery_limit"))];
+        let unrouted = Received::from_dead(&mut delivery("p.jobs", "nobody.takes", &forged), &names);
+        let death = unrouted.death.unwrap();
+        assert_eq!(death.reason, Reason::Unroutable);
+        assert_eq!(death.detail.as_deref(), Some("no lane takes the routing key `nobody.takes`"));
+
+        let looped = Received::from_dead(&mut delivery("p.dead", "k", &forged), &names);
+        assert_eq!(looped.death.unwrap().reason, Reason::CrashLoop);
+        assert_eq!(looped.lane.as_deref(), Some("lane"));
+
+        let killed = [
+            (REASON, long("auth_failed")),
+            (DETAIL, long("a\r\nb")),
+            (DIED_AT, long("2026-11-22T20:00:00Z")),
+            (LANE, long("reminders")),
+            (ROUTING_KEY, long("reminder.x")),
+        ];
+        let by_worker = Received::from_dead(&mut delivery("p.dead", "reminder.x", &killed), &names);
+        let death = by_worker.death.unwrap();
+        assert_eq!((death.reason, death.detail.as_deref()), (Reason::AuthFailed, Some("a b")));
+        assert_eq!(death.died_at, Some(time::macros::datetime!(2026-11-22 20:00 UTC)));
+        assert_eq!(by_worker.lane.as_deref(), Some("reminders"));
+    }
+
+    #[test]
+    fn a_republish_carries_on_only_what_the_contract_names() {
+        let mut hostile = delivery(
+            "p.jobs",
+            "k",
+            &[
+                ("x-death", deaths("p.retry.l.5", "expired")),
+                ("CC", long("p.dead")),
+                ("BCC", long("p.dead")),
+                ("x-anything", long("y")),
+                ("sendoff-note", long("kept")),
+                (REASON, long("stale")),
+                (TRACEPARENT, long("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")),
+            ],
+        );
+        hostile.properties = hostile
+            .properties
+            .clone()
+            .with_content_type("application/json".into())
+            .with_message_id("m".into())
+            .with_correlation_id("c".into())
+            .with_timestamp(1_700_000_000)
+            .with_expiration("1".into())
+            .with_user_id("guest".into())
+            .with_reply_to("p.control".into())
+            .with_app_id("a".into())
+            .with_priority(9);
+        let received = Received::from_lane(&mut hostile, &Names::new("p"), "l");
+        let headers = JobHeaders { attempt: 1, first_at: OffsetDateTime::UNIX_EPOCH, turn: Turn(1) };
+        let properties = received.carried.to_properties(job_headers("l", "k", &headers));
+        let kept: Vec<&str> =
+            properties.headers().as_ref().unwrap().inner().keys().map(ShortString::as_str).collect();
+        assert_eq!(kept, [ATTEMPT, FIRST_AT, LANE, "sendoff-note", ROUTING_KEY, TURN, TRACEPARENT]);
+        let bare = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_message_id("m".into())
+            .with_correlation_id("c".into())
+            .with_timestamp(1_700_000_000)
+            .with_delivery_mode(2);
+        assert_eq!(
+            properties.clone().with_headers(FieldTable::default()),
+            bare.with_headers(FieldTable::default())
+        );
+    }
+}

@@ -1,0 +1,82 @@
+//! The published job, JSON of version 1, and its way into the model.
+//! Guarantee: what is refused is refused with the field's path, the fault and what is allowed, never with its content.
+
+mod body;
+mod calendar;
+mod explain;
+mod header;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+use sha2::{Digest, Sha256};
+
+use crate::model::failure::Reason;
+use crate::model::job::{Job, JobKey};
+use crate::model::text;
+
+pub use body::{AttachmentBody, CalendarBody, JobBody, MailboxBody};
+
+/// The version this program reads and writes.
+pub const VERSION: i64 = 1;
+/// Longest [`Refusal::detail`], in bytes.
+const DETAIL_MAX: usize = 300;
+
+/// The operator's limits (`limits.*` in the settings).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WireLimits {
+    /// to + cc + bcc.
+    pub max_recipients: usize,
+    /// Size of the composed message; a job whose content alone exceeds it is refused here.
+    pub max_message_bytes: usize,
+}
+
+/// Why a body is not a job that can be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// `malformed`, `unsupported_version` or `too_large`.
+    pub reason: Reason,
+    /// Field, fault and what is allowed: one line of at most 300 bytes without addresses or content.
+    pub detail: String,
+    /// The job's key, where id and organization could be read all the same.
+    pub key: Option<JobKey>,
+    /// The job's kind, where it could be read and is a slug.
+    pub kind: Option<String>,
+}
+
+/// One fault, before it is known whose job it is in.
+struct Fault {
+    reason: Reason,
+    detail: String,
+}
+
+impl Fault {
+    fn malformed(detail: impl Into<String>) -> Self {
+        Self { reason: Reason::Malformed, detail: detail.into() }
+    }
+
+    fn unsupported(version: i64) -> Self {
+        let detail = format!("version: {version} is not supported; {VERSION} is");
+        Self { reason: Reason::UnsupportedVersion, detail }
+    }
+
+    fn into_refusal(self, key: Option<JobKey>, kind: Option<String>) -> Refusal {
+        let detail = text::bounded(&text::single_line(&self.detail), DETAIL_MAX);
+        Refusal { reason: self.reason, detail, key, kind }
+    }
+}
+
+/// Reads a published body. A job that has expired, or whose organization is unknown, is a job all the same.
+///
+/// `null` stands for an absent value wherever a field may be left out. In `text`, `html` and `calendar.content`,
+/// control characters other than TAB, CR and LF are dropped: mail does not carry them.
+///
+/// # Errors
+/// [`Refusal`]; the same body is refused again however often it is tried.
+pub fn parse_job(body: &[u8], limits: &WireLimits) -> Result<Job, Refusal> {
+    let parsed: JobBody = serde_json::from_slice(body).map_err(|error| explain::explain(body, &error))?;
+    let key = JobKey { organization: parsed.organization_id.clone(), id: parsed.id };
+    let kind = validate::is_slug(&parsed.kind).then(|| parsed.kind.clone());
+    let body_hash = Sha256::digest(body).into();
+    validate::job(parsed, body_hash, limits).map_err(|fault| fault.into_refusal(Some(key), kind))
+}

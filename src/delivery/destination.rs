@@ -1,0 +1,262 @@
+//! One destination's window and breaker: how many attempts may run at once, and whether any may.
+//! Guarantee: a pure state machine; time comes in as a parameter and nothing waits here.
+
+use std::time::{Duration, Instant};
+
+use crate::model::policy::Feedback;
+
+/// Consecutive connection failures that open the breaker.
+const BREAKER_THRESHOLD: u32 = 5;
+/// First pause of an open breaker; it doubles with each failed probe.
+const BREAKER_FIRST_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause of an open breaker.
+const BREAKER_LONGEST_PAUSE: Duration = Duration::from_secs(600);
+/// Without a success for so long a destination counts as stalled.
+const STALLED_AFTER: Duration = Duration::from_secs(30);
+
+/// The state of one destination.
+#[derive(Debug)]
+pub struct Window {
+    /// Attempts allowed at once; 1 until the destination has proven that it works.
+    size: usize,
+    ceiling: usize,
+    in_flight: usize,
+    /// Successes since the window last grew.
+    successes: usize,
+    /// When a success last showed that the destination works; its creation counts as one.
+    last_success: Instant,
+    failures_in_a_row: u32,
+    breaker: Breaker,
+    /// Smoothed seconds from one success to the next.
+    pace_s: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Breaker {
+    Closed,
+    Open { until: Instant, pause: Duration },
+    Probing { pause: Duration },
+}
+
+/// Whether an attempt may start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// It has started: the caller owes a [`Window::finish`].
+    Granted,
+    /// The window is full.
+    Wait,
+    /// The breaker is open for so long.
+    Open(Duration),
+}
+
+impl Window {
+    /// A destination that has not been tried. `ceiling` is at least 1.
+    pub fn new(ceiling: usize, now: Instant) -> Self {
+        Self {
+            size: 1,
+            ceiling: ceiling.max(1),
+            in_flight: 0,
+            successes: 0,
+            last_success: now,
+            failures_in_a_row: 0,
+            breaker: Breaker::Closed,
+            pace_s: 1.0,
+        }
+    }
+
+    /// Starts an attempt if one may start.
+    pub fn start(&mut self, now: Instant) -> Admission {
+        if let Some(pause) = self.open_for(now) {
+            return Admission::Open(pause);
+        }
+        match self.breaker {
+            Breaker::Open { pause, .. } => self.breaker = Breaker::Probing { pause },
+            Breaker::Probing { .. } if self.in_flight > 0 => return Admission::Wait,
+            Breaker::Probing { .. } | Breaker::Closed => {}
+        }
+        if self.in_flight >= self.size {
+            return Admission::Wait;
+        }
+        self.in_flight += 1;
+        Admission::Granted
+    }
+
+    /// For how long the breaker will still refuse; `None` when it does not.
+    pub fn open_for(&self, now: Instant) -> Option<Duration> {
+        match self.breaker {
+            Breaker::Open { until, .. } if now < until => Some(until - now),
+            _ => None,
+        }
+    }
+
+    /// Ends an attempt with what it says about the destination.
+    pub fn finish(&mut self, result: Outcome, now: Instant) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        match result {
+            Outcome::Worked => self.succeed(now),
+            Outcome::Nothing | Outcome::Failed(Feedback::Neutral) => {}
+            Outcome::Failed(Feedback::Narrow) => {
+                self.size = (self.size / 2).max(1);
+                self.successes = 0;
+                self.reopen(now);
+            }
+            Outcome::Failed(Feedback::Unreachable) => self.fail_to_connect(now),
+        }
+        // A probe that said nothing leaves the question open: the next job asks it again.
+        if let (Breaker::Probing { pause }, Outcome::Nothing | Outcome::Failed(Feedback::Neutral)) =
+            (self.breaker, result)
+        {
+            self.breaker = Breaker::Open { until: now, pause };
+        }
+    }
+
+    fn succeed(&mut self, now: Instant) {
+        let since = now.duration_since(self.last_success).as_secs_f64();
+        self.pace_s = 0.8 * self.pace_s + 0.2 * since.min(10.0);
+        self.last_success = now;
+        self.failures_in_a_row = 0;
+        self.breaker = Breaker::Closed;
+        self.successes += 1;
+        if self.size == 1 || self.successes >= self.size {
+            self.size = (self.size + 1).min(self.ceiling);
+            self.successes = 0;
+        }
+    }
+
+    fn fail_to_connect(&mut self, now: Instant) {
+        self.failures_in_a_row += 1;
+        self.reopen(now);
+        if self.failures_in_a_row == BREAKER_THRESHOLD && self.breaker == Breaker::Closed {
+            self.size = 1;
+            self.breaker = Breaker::Open { until: now + BREAKER_FIRST_PAUSE, pause: BREAKER_FIRST_PAUSE };
+        }
+    }
+
+    /// A failed probe closes the way again, for longer.
+    fn reopen(&mut self, now: Instant) {
+        if let Breaker::Probing { pause } = self.breaker {
+            let pause = (pause * 2).min(BREAKER_LONGEST_PAUSE);
+            self.breaker = Breaker::Open { until: now + pause, pause };
+        }
+    }
+
+    /// Attempts under way.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether nothing has worked here for a while.
+    pub fn is_stalled(&self, now: Instant) -> bool {
+        now.duration_since(self.last_success) > STALLED_AFTER
+    }
+
+    /// Smoothed time from one success to the next; longer when there was none lately.
+    pub fn pace(&self, now: Instant) -> Duration {
+        let silence_s = now.duration_since(self.last_success).as_secs_f64();
+        Duration::from_secs_f64(self.pace_s.max(silence_s / 10.0).clamp(0.0005, 60.0))
+    }
+
+    /// Whether nothing would be lost by forgetting this destination.
+    pub fn is_idle(&self, now: Instant) -> bool {
+        self.in_flight == 0 && self.breaker == Breaker::Closed && self.is_stalled(now)
+    }
+}
+
+/// What an attempt says about its destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The server took a message, or refused it in good order.
+    Worked,
+    /// The attempt never got there.
+    Nothing,
+    /// It failed in this way.
+    Failed(Feedback),
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn worked(window: &mut Window, now: Instant) {
+        assert_eq!(window.start(now), Admission::Granted);
+        window.finish(Outcome::Worked, now);
+    }
+
+    #[test]
+    fn an_untried_destination_gets_one_attempt_alone_and_then_grows_to_its_ceiling() {
+        let now = Instant::now();
+        let mut window = Window::new(4, now);
+        assert_eq!(window.start(now), Admission::Granted);
+        assert_eq!(window.start(now), Admission::Wait);
+        window.finish(Outcome::Worked, now);
+        assert_eq!(window.size, 2);
+        (0..20).for_each(|_| worked(&mut window, now));
+        assert_eq!(window.size, 4);
+    }
+
+    #[test]
+    fn throttling_halves_the_window() {
+        let now = Instant::now();
+        let mut window = Window::new(8, now);
+        (0..60).for_each(|_| worked(&mut window, now));
+        assert_eq!(window.size, 8);
+        window.start(now);
+        window.finish(Outcome::Failed(Feedback::Narrow), now);
+        assert_eq!(window.size, 4);
+    }
+
+    #[test]
+    fn an_unreachable_server_is_asked_by_one_probe_after_growing_pauses() {
+        let now = Instant::now();
+        let mut window = Window::new(8, now);
+        for _ in 0..BREAKER_THRESHOLD {
+            assert_eq!(window.start(now), Admission::Granted);
+            window.finish(Outcome::Failed(Feedback::Unreachable), now);
+        }
+        assert_eq!(window.start(now), Admission::Open(BREAKER_FIRST_PAUSE));
+        let later = now + BREAKER_FIRST_PAUSE;
+        assert_eq!(window.start(later), Admission::Granted);
+        assert_eq!(window.start(later), Admission::Wait, "one probe alone");
+        window.finish(Outcome::Failed(Feedback::Unreachable), later);
+        assert_eq!(window.start(later), Admission::Open(BREAKER_FIRST_PAUSE * 2));
+        let probe = later + BREAKER_FIRST_PAUSE * 2;
+        worked(&mut window, probe);
+        assert_eq!(window.breaker, Breaker::Closed);
+    }
+
+    proptest! {
+        #[test]
+        fn permits_are_conserved_and_never_exceed_the_ceiling(
+            steps in proptest::collection::vec((0u8..5, 0u64..20), 0..300),
+            ceiling in 1usize..10,
+        ) {
+            let mut now = Instant::now();
+            let mut window = Window::new(ceiling, now);
+            let mut running = 0usize;
+            for (step, seconds) in steps {
+                now += Duration::from_secs(seconds);
+                let outcome = match step {
+                    0 | 1 => {
+                        if window.start(now) == Admission::Granted { running += 1; }
+                        prop_assert!(running <= ceiling);
+                        prop_assert_eq!(running, window.in_flight());
+                        continue;
+                    }
+                    2 => Outcome::Worked,
+                    3 => Outcome::Failed(Feedback::Narrow),
+                    _ => Outcome::Failed(Feedback::Unreachable),
+                };
+                if running > 0 {
+                    running -= 1;
+                    window.finish(outcome, now);
+                }
+                prop_assert_eq!(running, window.in_flight());
+            }
+            // However it went, a destination that nobody uses is asked again in the end.
+            while running > 0 { window.finish(Outcome::Nothing, now); running -= 1; }
+            prop_assert_eq!(window.start(now + BREAKER_LONGEST_PAUSE), Admission::Granted);
+        }
+    }
+}

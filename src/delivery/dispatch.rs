@@ -1,0 +1,342 @@
+//! Fairness between destinations: who may start an attempt, who waits, and who is put aside.
+//! Guarantee: a permit is given back when it is dropped, so also by a panic; no destination holds more than its line.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::destination::{Admission, Outcome, Window};
+use crate::model::organization::OrganizationId;
+use crate::model::schedule::ASIDE_S;
+use crate::model::smtp_settings::Destination;
+
+/// Longest wait in a line; a delivery must not be slept on.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Waiting jobs of a destination that does not answer.
+const STALLED_LINE: usize = 64;
+/// Destinations remembered before idle ones are forgotten.
+const DESTINATIONS_KEPT: usize = 4096;
+
+/// Limits of the dispatcher.
+#[derive(Debug, Clone, Copy)]
+pub struct DispatchLimits {
+    /// `delivery.max_sessions`.
+    pub sessions: usize,
+    /// `smtp.max_connections_per_organization`.
+    pub per_organization: usize,
+    /// `platform.max_connections`.
+    pub platform: usize,
+    /// Waiting jobs of a destination that works.
+    pub line: usize,
+}
+
+/// Decides who may start; cheap to clone.
+#[derive(Clone)]
+pub struct Dispatcher {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    limits: DispatchLimits,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    destinations: HashMap<Destination, Entry>,
+    /// Destinations whose head of line waits for a session of the worker, not for its own window.
+    starved: VecDeque<Destination>,
+    in_flight: usize,
+    stalled_in_flight: usize,
+    waiting: usize,
+}
+
+struct Entry {
+    window: Window,
+    /// One line for each organization and lane, served in turn.
+    lines: VecDeque<(LineKey, VecDeque<oneshot::Sender<Permit>>)>,
+    waiting: usize,
+    /// When the work put aside so far would be done at the present pace.
+    aside_until: Instant,
+}
+
+/// Whose line it is within a destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LineKey {
+    /// The job's organization.
+    pub organization: Option<OrganizationId>,
+    /// The job's lane.
+    pub lane: Arc<str>,
+}
+
+/// What became of a request to start.
+#[derive(Debug)]
+pub enum Admitted {
+    /// Start now.
+    Go(Permit),
+    /// Come back after so many seconds, nothing charged: one of the broker's aside delays.
+    PutAside(u32),
+}
+
+/// The right to run one attempt. Dropped without a word it says nothing about the destination.
+#[must_use]
+pub struct Permit {
+    shared: Arc<Shared>,
+    destination: Destination,
+    stalled: bool,
+    outcome: Outcome,
+}
+
+impl Permit {
+    /// Ends the attempt with what it says about the destination.
+    pub fn finish(mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+}
+
+impl std::fmt::Debug for Permit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Permit({:?})", self.destination)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut state = self.shared.lock();
+        state.in_flight -= 1;
+        if self.stalled {
+            state.stalled_in_flight -= 1;
+        }
+        if let Some(entry) = state.destinations.get_mut(&self.destination) {
+            entry.window.finish(self.outcome, now);
+        }
+        let woken = self.shared.grant(&mut state, &self.destination, now);
+        drop(state);
+        // A waiter that has gone drops its permit here, outside the lock, which serves the next one.
+        for (waiter, permit) in woken {
+            drop(waiter.send(permit));
+        }
+    }
+}
+
+impl Dispatcher {
+    /// A dispatcher without any destination yet.
+    pub fn new(limits: DispatchLimits) -> Self {
+        Self { shared: Arc::new(Shared { limits, state: Mutex::default() }) }
+    }
+
+    /// Asks to start an attempt; waits in line for at most a minute.
+    pub async fn admit(&self, destination: &Destination, key: LineKey) -> Admitted {
+        let waiter = match self.enter(destination, key) {
+            Entered::Granted(permit) => return Admitted::Go(permit),
+            Entered::Aside(delay_s) => return Admitted::PutAside(delay_s),
+            Entered::Waiting(waiter) => waiter,
+        };
+        match tokio::time::timeout(LONGEST_WAIT, waiter).await {
+            Ok(Ok(permit)) => Admitted::Go(permit),
+            Ok(Err(_)) | Err(_) => Admitted::PutAside(self.aside(destination)),
+        }
+    }
+
+    /// Jobs in line and attempts under way, for the metrics.
+    pub fn counts(&self) -> (usize, usize) {
+        let state = self.shared.lock();
+        (state.waiting, state.in_flight)
+    }
+
+    fn enter(&self, destination: &Destination, key: LineKey) -> Entered {
+        let now = Instant::now();
+        let mut state = self.shared.lock();
+        state.forget_idle(now);
+        let ceiling = match destination {
+            Destination::Organization { .. } => self.shared.limits.per_organization,
+            Destination::Platform => self.shared.limits.platform,
+        };
+        let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
+        let gone = entry.drop_gone();
+        let nobody_waits = entry.waiting == 0;
+        state.waiting -= gone;
+        if nobody_waits {
+            match self.shared.start(&mut state, destination, now) {
+                Started::Granted(permit) => return Entered::Granted(permit),
+                Started::Open(pause) => return Entered::Aside(aside_for(pause)),
+                Started::Wait => {}
+            }
+        }
+        let limit = self.shared.limits.line;
+        let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
+        let limit = if entry.window.is_stalled(now) { STALLED_LINE.min(limit) } else { limit };
+        if entry.waiting >= limit {
+            return Entered::Aside(entry.put_aside(now));
+        }
+        let (sender, receiver) = oneshot::channel();
+        entry.push(key, sender);
+        state.waiting += 1;
+        Entered::Waiting(receiver)
+    }
+
+    fn aside(&self, destination: &Destination) -> u32 {
+        let mut state = self.shared.lock();
+        let now = Instant::now();
+        state.destinations.get_mut(destination).map_or(ASIDE_S[0], |entry| entry.put_aside(now))
+    }
+}
+
+enum Entered {
+    Granted(Permit),
+    Waiting(oneshot::Receiver<Permit>),
+    Aside(u32),
+}
+
+enum Started {
+    Granted(Permit),
+    Wait,
+    Open(Duration),
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Starts an attempt if the worker, the stalled destinations' share and the destination's window have room.
+    fn start(self: &Arc<Self>, state: &mut State, destination: &Destination, now: Instant) -> Started {
+        let Some(entry) = state.destinations.get_mut(destination) else { return Started::Wait };
+        let stalled = entry.window.is_stalled(now);
+        let stalled_share = (self.limits.sessions / 2).max(1);
+        if state.in_flight >= self.limits.sessions || (stalled && state.stalled_in_flight >= stalled_share) {
+            if !state.starved.contains(destination) {
+                state.starved.push_back(destination.clone());
+            }
+            return Started::Wait;
+        }
+        match entry.window.start(now) {
+            Admission::Wait => return Started::Wait,
+            Admission::Open(pause) => return Started::Open(pause),
+            Admission::Granted => {}
+        }
+        state.in_flight += 1;
+        state.stalled_in_flight += usize::from(stalled);
+        Started::Granted(Permit {
+            shared: self.clone(),
+            destination: destination.clone(),
+            stalled,
+            outcome: Outcome::Nothing,
+        })
+    }
+
+    /// Serves the lines that a returned permit may have made room for: the destination's own, then the starved ones.
+    fn grant(
+        self: &Arc<Self>,
+        state: &mut State,
+        returned: &Destination,
+        now: Instant,
+    ) -> Vec<(oneshot::Sender<Permit>, Permit)> {
+        let mut woken = Vec::new();
+        let starved: Vec<Destination> = state.starved.drain(..).collect();
+        for destination in starved.iter().chain([returned]) {
+            self.serve(state, destination, now, &mut woken);
+        }
+        woken
+    }
+
+    fn serve(
+        self: &Arc<Self>,
+        state: &mut State,
+        destination: &Destination,
+        now: Instant,
+        woken: &mut Vec<(oneshot::Sender<Permit>, Permit)>,
+    ) {
+        loop {
+            let Some(entry) = state.destinations.get_mut(destination) else { return };
+            let gone = entry.drop_gone();
+            state.waiting -= gone;
+            if entry.waiting == 0 {
+                return;
+            }
+            match self.start(state, destination, now) {
+                Started::Granted(permit) => {
+                    let waiter = state.destinations.get_mut(destination).and_then(Entry::pop);
+                    state.waiting -= 1;
+                    woken.extend(waiter.map(|waiter| (waiter, permit)));
+                }
+                Started::Wait => return,
+                // Their senders are dropped, which tells the waiters to put themselves aside.
+                Started::Open(_) => {
+                    if let Some(entry) = state.destinations.get_mut(destination) {
+                        state.waiting -= entry.waiting;
+                        entry.lines.clear();
+                        entry.waiting = 0;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    fn forget_idle(&mut self, now: Instant) {
+        if self.destinations.len() > DESTINATIONS_KEPT {
+            self.destinations.retain(|_, entry| entry.waiting > 0 || !entry.window.is_idle(now));
+        }
+    }
+}
+
+impl Entry {
+    fn new(ceiling: usize, now: Instant) -> Self {
+        Self { window: Window::new(ceiling, now), lines: VecDeque::new(), waiting: 0, aside_until: now }
+    }
+
+    fn push(&mut self, key: LineKey, waiter: oneshot::Sender<Permit>) {
+        self.waiting += 1;
+        match self.lines.iter_mut().find(|(line, _)| *line == key) {
+            Some((_, line)) => line.push_back(waiter),
+            None => self.lines.push_back((key, VecDeque::from([waiter]))),
+        }
+    }
+
+    /// The next waiter, one from each line in turn.
+    fn pop(&mut self) -> Option<oneshot::Sender<Permit>> {
+        let (key, mut line) = self.lines.pop_front()?;
+        let waiter = line.pop_front();
+        if !line.is_empty() {
+            self.lines.push_back((key, line));
+        }
+        self.waiting -= usize::from(waiter.is_some());
+        waiter
+    }
+
+    /// Removes waiters that have given up; says how many.
+    fn drop_gone(&mut self) -> usize {
+        let before = self.waiting;
+        for (_, line) in &mut self.lines {
+            line.retain(|waiter| !waiter.is_closed());
+        }
+        self.lines.retain(|(_, line)| !line.is_empty());
+        self.waiting = self.lines.iter().map(|(_, line)| line.len()).sum();
+        before - self.waiting
+    }
+
+    /// Books one more job put aside and says for how long, by the pace at which the destination takes them.
+    fn put_aside(&mut self, now: Instant) -> u32 {
+        if let Some(pause) = self.window.open_for(now) {
+            return aside_for(pause);
+        }
+        self.aside_until = self.aside_until.max(now) + self.window.pace(now);
+        aside_for(self.aside_until - now)
+    }
+}
+
+/// The shortest aside delay that is not shorter than a wait, or the longest there is.
+fn aside_for(wait: Duration) -> u32 {
+    let long_enough = ASIDE_S.iter().find(|delay| Duration::from_secs(u64::from(**delay)) >= wait);
+    *long_enough.unwrap_or(&ASIDE_S[ASIDE_S.len() - 1])
+}
+
+#[cfg(test)]
+#[path = "dispatch_tests.rs"]
+mod tests;

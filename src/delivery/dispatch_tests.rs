@@ -1,0 +1,122 @@
+//! The dispatcher's promises: bounded, fair, and nothing leaks.
+
+use super::*;
+use crate::model::policy::Feedback;
+
+fn organization(name: &str) -> Destination {
+    Destination::Organization { id: OrganizationId::parse(name).unwrap(), version: 1 }
+}
+
+fn line(organization: &str, lane: &str) -> LineKey {
+    LineKey { organization: OrganizationId::parse(organization).ok(), lane: lane.into() }
+}
+
+fn dispatcher(sessions: usize, per_organization: usize, line: usize) -> Dispatcher {
+    Dispatcher::new(DispatchLimits { sessions, per_organization, platform: per_organization, line })
+}
+
+async fn go(dispatcher: &Dispatcher, destination: &Destination, key: LineKey) -> Permit {
+    match dispatcher.admit(destination, key).await {
+        Admitted::Go(permit) => permit,
+        Admitted::PutAside(delay_s) => panic!("put aside for {delay_s} s"),
+    }
+}
+
+#[tokio::test]
+async fn a_permit_comes_back_from_a_task_that_panics() {
+    let dispatcher = dispatcher(1, 1, 10);
+    let to = organization("acme");
+    let permit = go(&dispatcher, &to, line("acme", "n")).await;
+    let task = tokio::spawn(async move {
+        let _held = permit;
+        panic!("as a test");
+    });
+    assert!(task.await.is_err());
+    let again = go(&dispatcher, &to, line("acme", "n")).await;
+    assert_eq!(dispatcher.counts(), (0, 1));
+    drop(again);
+    assert_eq!(dispatcher.counts(), (0, 0));
+}
+
+#[tokio::test]
+async fn what_overflows_a_line_is_put_aside_and_other_destinations_go_on() {
+    let dispatcher = dispatcher(10, 1, 2);
+    let slow = organization("slow");
+    let held = go(&dispatcher, &slow, line("slow", "n")).await;
+    let mut waiting: Vec<_> = (0..2)
+        .map(|_| {
+            let (dispatcher, slow) = (dispatcher.clone(), slow.clone());
+            Box::pin(async move { dispatcher.admit(&slow, line("slow", "n")).await })
+        })
+        .collect();
+    for waiter in &mut waiting {
+        assert!(futures_util::poll!(waiter).is_pending());
+    }
+    assert!(matches!(dispatcher.admit(&slow, line("slow", "n")).await, Admitted::PutAside(_)));
+    drop(go(&dispatcher, &organization("quick"), line("quick", "n")).await);
+    held.finish(Outcome::Worked);
+    for waiter in waiting {
+        assert!(matches!(waiter.await, Admitted::Go(_)));
+    }
+}
+
+#[tokio::test]
+async fn lines_of_one_destination_are_served_in_turn() {
+    let dispatcher = dispatcher(10, 1, 100);
+    let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
+    let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
+    let mut tasks = Vec::new();
+    for name in ["flood", "flood", "flood", "small"] {
+        let (dispatcher, served) = (dispatcher.clone(), served.clone());
+        let mut waiter = Box::pin(async move {
+            let permit = go(&dispatcher, &Destination::Platform, line(name, "n")).await;
+            served.send(name).unwrap();
+            permit.finish(Outcome::Failed(Feedback::Narrow));
+        });
+        assert!(futures_util::poll!(&mut waiter).is_pending());
+        tasks.push(waiter);
+    }
+    held.finish(Outcome::Nothing);
+    futures_util::future::join_all(tasks).await;
+    let order: Vec<_> = std::iter::from_fn(|| order.try_recv().ok()).collect();
+    assert_eq!(order, ["flood", "small", "flood", "flood"]);
+}
+
+#[tokio::test]
+async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free_one() {
+    let dispatcher = dispatcher(1, 1, 10);
+    let held = go(&dispatcher, &organization("a"), line("a", "n")).await;
+    let other = organization("b");
+    let mut waiter = Box::pin(dispatcher.admit(&other, line("b", "n")));
+    assert!(futures_util::poll!(&mut waiter).is_pending());
+    drop(held);
+    assert!(matches!(waiter.await, Admitted::Go(_)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_longer_than_a_minute() {
+    let dispatcher = dispatcher(1, 1, 10);
+    let to = organization("a");
+    let held = go(&dispatcher, &to, line("a", "n")).await;
+    assert!(matches!(dispatcher.admit(&to, line("a", "n")).await, Admitted::PutAside(_)));
+    drop(held);
+    assert!(
+        matches!(dispatcher.admit(&to, line("a", "n")).await, Admitted::Go(_)),
+        "the one that left blocks nobody"
+    );
+}
+
+#[tokio::test]
+async fn an_open_breaker_puts_the_whole_line_aside() {
+    let dispatcher = dispatcher(10, 1, 10);
+    let to = organization("gone");
+    for _ in 0..4 {
+        go(&dispatcher, &to, line("gone", "n")).await.finish(Outcome::Failed(Feedback::Unreachable));
+    }
+    let last = go(&dispatcher, &to, line("gone", "n")).await;
+    let mut waiter = Box::pin(dispatcher.admit(&to, line("gone", "n")));
+    assert!(futures_util::poll!(&mut waiter).is_pending());
+    last.finish(Outcome::Failed(Feedback::Unreachable));
+    assert!(matches!(waiter.await, Admitted::PutAside(5)));
+    assert!(matches!(dispatcher.admit(&to, line("gone", "n")).await, Admitted::PutAside(5)));
+}

@@ -1,0 +1,13 @@
+//! The core: one delivery's way from the lane to its outcome.
+//! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
+
+pub mod attempt;
+pub mod conclude;
+pub mod database;
+pub mod destination;
+pub mod dispatch;
+pub mod in_hand;
+pub mod lanes;
+pub mod route;
+pub mod settle;
+pub mod worker;

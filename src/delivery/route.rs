@@ -1,0 +1,106 @@
+//! Which server a job goes to: its organization's own, or the platform's.
+//! Guarantee: without a flag (where one is needed) or a configuration, an organization's mail takes the platform's
+//! server; it never takes another organization's.
+
+use std::sync::Arc;
+
+use crate::model::failure::Reason;
+use crate::model::organization::OrganizationId;
+use crate::model::smtp_settings::{Destination, SmtpAccount};
+use crate::settings::CustomSmtp;
+use crate::store::{RouteFacts, StoredAccount, Unreadable};
+
+/// Where a job goes.
+#[derive(Debug, Clone)]
+pub struct Route {
+    /// One configuration version, or the platform.
+    pub destination: Destination,
+    /// How to reach it and in whose name.
+    pub account: Arc<SmtpAccount>,
+}
+
+/// Why there is no server for a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoServer {
+    /// It never will be sent as things stand: the reason of its dead letter.
+    Dead(Reason),
+    /// The worker's key ring lacks the key with this id: the worker's fault, so the job waits.
+    KeyMissing(String),
+}
+
+/// Picks the server for a job. `own` is an organization with what is stored about it; `None`: a job of the platform.
+///
+/// # Errors
+/// [`NoServer`] says why there is none.
+pub fn route(
+    own: Option<(&OrganizationId, &RouteFacts)>,
+    mode: CustomSmtp,
+    platform: Option<&Arc<SmtpAccount>>,
+) -> Result<Route, NoServer> {
+    if let Some((id, facts)) = own
+        && (facts.custom_smtp || mode == CustomSmtp::All)
+    {
+        match &facts.account {
+            StoredAccount::Ready { version, account } => {
+                let destination = Destination::Organization { id: id.clone(), version: *version };
+                return Ok(Route { destination, account: account.clone() });
+            }
+            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { id }, .. } => {
+                return Err(NoServer::KeyMissing(id.clone()));
+            }
+            StoredAccount::Unreadable { .. } => return Err(NoServer::Dead(Reason::ConfigUnreadable)),
+            StoredAccount::None => {}
+        }
+    }
+    let account = platform.ok_or(NoServer::Dead(Reason::ConfigMissing))?.clone();
+    Ok(Route { destination: Destination::Platform, account })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::address::Mailbox;
+    use crate::model::smtp_settings::TlsMode;
+
+    fn account(from: &str) -> Arc<SmtpAccount> {
+        Arc::new(SmtpAccount {
+            host: "smtp.example.org".into(),
+            port: 587,
+            tls: TlsMode::Required,
+            credentials: None,
+            from: Mailbox::parse(from).unwrap(),
+        })
+    }
+
+    fn taken(flag: bool, own: StoredAccount, mode: CustomSmtp, platform: bool) -> Result<String, NoServer> {
+        let id = OrganizationId::parse("acme").unwrap();
+        let platform = platform.then(|| account("platform@example.com"));
+        let facts = RouteFacts { custom_smtp: flag, account: own };
+        route(Some((&id, &facts)), mode, platform.as_ref()).map(|r| r.account.from.email.domain().to_owned())
+    }
+
+    #[test]
+    fn the_flag_and_a_configuration_together_lead_to_the_organizations_server() {
+        let own = || StoredAccount::Ready { version: 3, account: account("a@acme.example") };
+        let dead = |reason| Err(NoServer::Dead(reason));
+        assert_eq!(taken(true, own(), CustomSmtp::Flagged, true).unwrap(), "acme.example");
+        assert_eq!(taken(false, own(), CustomSmtp::Flagged, true).unwrap(), "example.com");
+        assert_eq!(taken(false, own(), CustomSmtp::All, true).unwrap(), "acme.example");
+        assert_eq!(taken(true, StoredAccount::None, CustomSmtp::Flagged, true).unwrap(), "example.com");
+        assert_eq!(taken(true, StoredAccount::None, CustomSmtp::Flagged, false), dead(Reason::ConfigMissing));
+    }
+
+    #[test]
+    fn credentials_that_do_not_open_stop_their_organization_only_when_its_own_server_is_in_use() {
+        let unreadable = || StoredAccount::Unreadable { version: 1, cause: Unreadable::Damaged("x".into()) };
+        let key_missing =
+            || StoredAccount::Unreadable { version: 1, cause: Unreadable::UnknownKey { id: "k2".into() } };
+        let dead = Err(NoServer::Dead(Reason::ConfigUnreadable));
+        assert_eq!(taken(true, unreadable(), CustomSmtp::Flagged, true), dead);
+        assert_eq!(taken(false, unreadable(), CustomSmtp::Flagged, true).unwrap(), "example.com");
+        assert_eq!(
+            taken(true, key_missing(), CustomSmtp::Flagged, true),
+            Err(NoServer::KeyMissing("k2".into()))
+        );
+    }
+}

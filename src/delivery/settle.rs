@@ -1,0 +1,394 @@
+//! Where outcomes are recorded and handed over: ledger first, then the broker, then the ack.
+//! Guarantee: what is recorded is handed over while this worker lives, however often the broker or the database go
+//! away meanwhile; only the second stage of a stop ends the trying.
+
+use std::time::Duration;
+
+use crate::broker::wire::Refusal;
+use crate::broker::{DeadLetter, PublishError, Publisher};
+use crate::broker::{JobHeaders, Received, Scalar};
+use crate::clock::Clock;
+use crate::model::event::{Event, JobFacts, What};
+use crate::model::failure::{Reason, Reply};
+use crate::model::job::{Job, JobKey};
+use crate::model::ledger::{Claimed, HandOver, Settle, SettleAnswer, Settlement, State};
+use crate::model::policy::RetryLimits;
+use crate::model::smtp_settings::Destination;
+use crate::shutdown::Shutdown;
+use crate::store::{Ledger, Store, StoreError};
+use crate::telemetry::{self, Outcome};
+
+use super::attempt::{Report, Shut};
+use super::conclude::{Conclusion, conclude, conclude_unattempted};
+use super::database::DatabaseWatch;
+use super::in_hand::InHand;
+
+/// Pause between two tries of something that is owed.
+const OWED_PAUSE: Duration = Duration::from_millis(500);
+
+/// Header of a dead letter that is for some recipients only: their positions in the job, comma-separated.
+const RECIPIENTS: &str = "sendoff-recipients";
+
+/// Records and hands over.
+pub struct Desk {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The database, for what a repeated announcement says.
+    pub store: Store,
+    /// The broker, for what is republished and announced.
+    pub publisher: Publisher,
+    /// Whether the database can be asked.
+    pub database: DatabaseWatch,
+    /// When to give up.
+    pub retry: RetryLimits,
+    /// Time.
+    pub clock: Clock,
+    /// When to stop.
+    pub shutdown: Shutdown,
+}
+
+/// The worker is stopped before something owed could be done; the broker will bring the delivery again.
+struct Stopped;
+
+impl Desk {
+    /// A body that is no job: a dead letter at once, without a row in the ledger.
+    pub async fn refuse(&self, delivery: InHand<'_>, refusal: Refusal) {
+        let facts = refusal.key.as_ref().map(|key| JobFacts {
+            job_id: key.id,
+            kind: refusal.kind.clone().unwrap_or_default(),
+            group: None,
+        });
+        let organization_id = refusal.key.and_then(|key| key.organization);
+        let what = What::Dead { reason: refusal.reason };
+        let event = Event { at: self.clock.now(), organization_id, job: facts, what };
+        self.bury(delivery, refusal.reason, &refusal.detail, event).await;
+    }
+
+    /// Another body came under an id that the ledger knows: the row stays as it is.
+    pub async fn conflict(&self, delivery: InHand<'_>, job: &Job) {
+        let detail = "id: the same id was published before with another body";
+        let event = Event::of_job(self.clock.now(), job, What::Dead { reason: Reason::IdConflict });
+        self.bury(delivery, Reason::IdConflict, detail, event).await;
+    }
+
+    async fn bury(&self, delivery: InHand<'_>, reason: Reason, detail: &str, event: Event) {
+        let headers = delivery.headers(self.clock.now());
+        let done = async {
+            self.bury_copy(&delivery, reason, detail, headers).await?;
+            self.announce(&event).await
+        };
+        match done.await {
+            Ok(()) => delivery.finish(Outcome::Dead).await,
+            Err(Stopped) => delivery.hand_back().await,
+        }
+    }
+
+    /// A copy of something that is done or in better hands.
+    pub async fn duplicate(&self, delivery: InHand<'_>, job: &Job) {
+        // The worker that had it may have died between its record and its announcement.
+        if delivery.received().redelivered && self.announce_again(job).await.is_err() {
+            return delivery.hand_back().await;
+        }
+        delivery.finish(Outcome::Duplicate).await;
+    }
+
+    async fn announce_again(&self, job: &Job) -> Result<(), Stopped> {
+        let Ok(Some(status)) = self.store.job_status(&job.key).await else { return Ok(()) };
+        if status.state != State::Sent {
+            return Ok(());
+        }
+        let transport = status.history.last().map(|attempt| attempt.transport.as_str());
+        let transport = if transport == Some("platform") || job.key.organization.is_none() {
+            Destination::Platform.transport()
+        } else {
+            "organization"
+        };
+        let message_id = status.message_id.unwrap_or_default();
+        let what = What::Sent { message_id, transport, recipients_refused: status.refused };
+        self.announce(&Event::of_job(self.clock.now(), job, what)).await
+    }
+
+    /// Back to the lane by way of an aside queue, with the same turn: nothing was attempted.
+    pub async fn put_aside(&self, delivery: InHand<'_>, delay_s: u32) {
+        let headers = delivery.headers(self.clock.now());
+        match self.owe("aside", || self.retry_copy(&delivery, delay_s, headers)).await {
+            Ok(()) => delivery.finish(Outcome::Requeued).await,
+            Err(Stopped) => delivery.hand_back().await,
+        }
+    }
+
+    /// Back to the lane at once: this worker cannot work now.
+    pub async fn hand_back(&self, delivery: InHand<'_>) {
+        delivery.hand_back().await;
+    }
+
+    /// Does a recorded hand-over once more: its recorder may have died before it.
+    pub async fn repeat(&self, delivery: InHand<'_>, job: &Job, hand_over: HandOver) {
+        let headers =
+            JobHeaders { attempt: hand_over.attempts, first_at: hand_over.first_at, turn: hand_over.turn };
+        let reason = hand_over.reason.unwrap_or(Reason::Internal);
+        let now = self.clock.now();
+        let done = async {
+            if hand_over.state == State::Deferred {
+                let delay_s = self.retry.schedule.queue_for_s(hand_over.wait);
+                self.owe("retry", || self.retry_copy(&delivery, delay_s, headers)).await?;
+                let what = What::Deferred { reason, next_attempt_at: now + hand_over.wait };
+                self.announce(&Event::of_job(now, job, what)).await
+            } else {
+                let detail = hand_over.detail.as_deref().unwrap_or_default();
+                self.bury_copy(&delivery, reason, detail, headers).await?;
+                self.announce(&Event::of_job(now, job, death(reason))).await
+            }
+        };
+        match done.await {
+            Ok(()) => delivery.finish(Outcome::Duplicate).await,
+            Err(Stopped) => delivery.hand_back().await,
+        }
+    }
+
+    /// Gives a claim back without an attempt.
+    pub async fn release(&self, job: &Job, claimed: &Claimed) {
+        let settle = settle_of(&job.key, claimed, &Conclusion::released(claimed));
+        // Stopped meanwhile: the claim dies with this worker.
+        let _ = self.record(settle).await;
+    }
+
+    /// A claimed job that is not attempted: dead.
+    pub async fn give_up(
+        &self,
+        delivery: InHand<'_>,
+        job: &Job,
+        claimed: Claimed,
+        reason: Reason,
+        detail: String,
+    ) {
+        let conclusion = conclude_unattempted(job, &claimed, reason, detail);
+        let settle = settle_of(&job.key, &claimed, &conclusion);
+        self.conclude(delivery, job, &claimed, "", settle, conclusion).await;
+    }
+
+    /// An attempted job: records what came of it and hands it over.
+    pub async fn settle(
+        &self,
+        delivery: InHand<'_>,
+        job: &Job,
+        claimed: Claimed,
+        destination: &Destination,
+        report: Report,
+    ) {
+        let untouched = report.accepted.is_empty() && report.refused.is_empty();
+        match report.shut {
+            Some(Shut::NotOwner) if untouched => return self.hand_back(delivery).await,
+            Some(Shut::Halted) if untouched => {
+                self.release(job, &claimed).await;
+                return self.hand_back(delivery).await;
+            }
+            _ => {}
+        }
+        let platform = *destination == Destination::Platform;
+        let conclusion = conclude(job, &claimed, &report, platform, &self.retry, self.clock.now());
+        let first_time_right = matches!(conclusion.settlement, Settlement::Sent)
+            && claimed.attempts == 0
+            && report.reason().is_none();
+        let settle = Settle {
+            reply: report.reply.as_ref().map(Reply::to_string),
+            attempt: (!first_time_right).then(|| report.record(&claimed, destination)),
+            ..settle_of(&job.key, &claimed, &conclusion)
+        };
+        self.conclude(delivery, job, &claimed, destination.transport(), settle, conclusion).await;
+    }
+
+    async fn conclude(
+        &self,
+        delivery: InHand<'_>,
+        job: &Job,
+        claimed: &Claimed,
+        transport: &'static str,
+        settle: Settle,
+        conclusion: Conclusion,
+    ) {
+        let accepted = matches!(conclusion.settlement, Settlement::Sent);
+        match self.record(settle).await {
+            Ok(SettleAnswer::Recorded) => {}
+            Ok(SettleAnswer::NotOwner) => {
+                tracing::warn!(job = %job.key, "another worker took this job over; its record stands");
+                telemetry::settle_missed();
+                return delivery.hand_back().await;
+            }
+            // The server has the message: a redelivery could only send it twice. The row says `claimed` by a worker that
+            // is gone, which is how the ledger spells an unknown outcome.
+            Err(Stopped) if accepted => return delivery.finish(Outcome::Sent).await,
+            Err(Stopped) => return delivery.hand_back().await,
+        }
+        match self.hand_over(&delivery, job, claimed, transport, &conclusion).await {
+            Ok(settled) => {
+                if settled == Outcome::Sent {
+                    let since = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let took = Duration::try_from(self.clock.now() - since).unwrap_or_default();
+                    delivery.lane().metrics.job_took(took);
+                }
+                delivery.finish(settled).await;
+            }
+            Err(Stopped) => delivery.hand_back().await,
+        }
+    }
+
+    async fn hand_over(
+        &self,
+        delivery: &InHand<'_>,
+        job: &Job,
+        claimed: &Claimed,
+        transport: &'static str,
+        conclusion: &Conclusion,
+    ) -> Result<Outcome, Stopped> {
+        let now = self.clock.now();
+        let next = |turn| JobHeaders { attempt: conclusion.attempts, first_at: claimed.first_at, turn };
+        let announce = async |what| self.announce(&Event::of_job(now, job, what)).await;
+        match &conclusion.settlement {
+            Settlement::Sent => {
+                if let Some(first) = conclusion.refused.first() {
+                    self.bury_refused(delivery, conclusion, next(claimed.turn)).await?;
+                    announce(death(first.reason)).await?;
+                }
+                let recipients_refused = conclusion.refused.clone();
+                let message_id = claimed.message_id.clone();
+                announce(What::Sent { message_id, transport, recipients_refused }).await?;
+                Ok(Outcome::Sent)
+            }
+            Settlement::Deferred { reason, wait } => {
+                let delay_s = self.retry.schedule.queue_for_s(*wait);
+                let headers = next(claimed.turn.next());
+                self.owe("retry", || self.retry_copy(delivery, delay_s, headers)).await?;
+                announce(What::Deferred { reason: *reason, next_attempt_at: now + *wait }).await?;
+                Ok(Outcome::Deferred)
+            }
+            Settlement::Dead { reason, detail } => {
+                let headers = next(claimed.turn.next());
+                self.bury_copy(&delivery, *reason, detail, headers).await?;
+                announce(death(*reason)).await?;
+                Ok(Outcome::Dead)
+            }
+            Settlement::Released => Ok(Outcome::Requeued),
+        }
+    }
+
+    /// One dead letter for the recipients that were refused although others were accepted.
+    async fn bury_refused(
+        &self,
+        delivery: &InHand<'_>,
+        conclusion: &Conclusion,
+        headers: JobHeaders,
+    ) -> Result<(), Stopped> {
+        let positions: Vec<String> =
+            conclusion.refused.iter().map(|refused| refused.index.to_string()).collect();
+        let mut letter = delivery.received().clone();
+        letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
+        let reason = conclusion.refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
+        self.bury_letter(&letter, &delivery.lane().name, reason, &conclusion.detail, headers).await
+    }
+
+    async fn retry_copy(
+        &self,
+        delivery: &InHand<'_>,
+        delay_s: u32,
+        headers: JobHeaders,
+    ) -> Result<(), PublishError> {
+        self.publisher.retry(delivery.received(), &delivery.lane().name, delay_s, headers).await
+    }
+
+    async fn announce(&self, event: &Event) -> Result<(), Stopped> {
+        self.owe("event", || self.publisher.event(event)).await
+    }
+
+    async fn bury_copy(
+        &self,
+        delivery: &InHand<'_>,
+        reason: Reason,
+        detail: &str,
+        headers: JobHeaders,
+    ) -> Result<(), Stopped> {
+        self.bury_letter(delivery.received(), &delivery.lane().name, reason, detail, headers).await
+    }
+
+    async fn bury_letter(
+        &self,
+        letter: &Received,
+        lane: &str,
+        reason: Reason,
+        detail: &str,
+        headers: JobHeaders,
+    ) -> Result<(), Stopped> {
+        let death = DeadLetter { reason, detail, died_at: self.clock.now() };
+        self.owe("dead letter", || self.publisher.dead_letter(letter, lane, headers, death)).await
+    }
+
+    /// Publishes until it is confirmed.
+    async fn owe<F>(&self, what: &str, publish: impl Fn() -> F) -> Result<(), Stopped>
+    where
+        F: Future<Output = Result<(), PublishError>>,
+    {
+        let mut complained = false;
+        loop {
+            let error = tokio::select! {
+                biased;
+                () = self.shutdown.stop_now() => return Err(Stopped),
+                result = publish() => match result {
+                    Ok(()) => return Ok(()),
+                    Err(error) => error,
+                },
+            };
+            if !complained {
+                tracing::warn!(what, %error, "a publish was not confirmed; it is tried until it is");
+                complained = true;
+            }
+            self.pause().await?;
+        }
+    }
+
+    /// Records until the database has taken it.
+    async fn record(&self, settle: Settle) -> Result<SettleAnswer, Stopped> {
+        let mut complained = false;
+        loop {
+            // A statement that was sent may have been carried out: it is never cut off, only not begun again.
+            let error = match self.ledger.settle(settle.clone()).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            self.database.lost(&error);
+            if !complained && matches!(error, StoreError::Internal(_)) {
+                tracing::error!(job = %settle.key, %error, "an outcome could not be recorded; it is tried until it is");
+                complained = true;
+            }
+            self.pause().await?;
+        }
+    }
+
+    async fn pause(&self) -> Result<(), Stopped> {
+        tokio::select! {
+            biased;
+            () = self.shutdown.stop_now() => Err(Stopped),
+            () = tokio::time::sleep(OWED_PAUSE) => Ok(()),
+        }
+    }
+}
+
+fn death(reason: Reason) -> What {
+    if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } }
+}
+
+fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Settle {
+    Settle {
+        key: key.clone(),
+        owner: claimed.owner,
+        turn: claimed.turn,
+        outcome: conclusion.settlement.clone(),
+        attempts: conclusion.attempts,
+        unknowns: conclusion.unknowns,
+        message_id: claimed.message_id.clone(),
+        pending: conclusion.pending.clone(),
+        refused: conclusion.refused.clone(),
+        partly_sent: conclusion.partly_sent,
+        reply: None,
+        attempt: None,
+    }
+}

@@ -1,0 +1,390 @@
+//! One delivery's way: parse, claim, route, admit, send, record, settle.
+//! Guarantee: a delivery ends acked only after its outcome is recorded and handed over; a crash between any two steps
+//! repeats a step, and the ledger makes the repetition harmless.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+
+use crate::broker::Delivery;
+use crate::broker::wire::{self, WireLimits};
+use crate::clock::Clock;
+use crate::model::failure::Reason;
+use crate::model::job::Job;
+use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver};
+use crate::model::policy::{self, OrphanDisposition, RetryLimits};
+use crate::model::smtp_settings::SmtpAccount;
+use crate::settings::CustomSmtp;
+use crate::shutdown::Shutdown;
+use crate::smtp::Pool;
+use crate::smtp::compose;
+use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
+use crate::telemetry;
+
+use super::attempt::{self, Gatekeeper, Progress, Report, Shut};
+use super::conclude::recipients;
+use super::database::DatabaseWatch;
+use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::in_hand::{InHand, ServedLane};
+use super::route::{NoServer, Route, route};
+use super::settle::Desk;
+
+/// A job whose configuration changes at every look is handed back after so many.
+const ROUTE_LOOKS: usize = 3;
+/// Wait of a copy that another worker is busy with, in seconds: the shortest aside delay.
+const HELD_WAIT_S: u32 = 5;
+/// Wait of a job that the database refused to look at, in seconds.
+const REFUSED_WAIT_S: u32 = 30;
+
+/// The settings that a delivery's way depends on.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bounds of a job.
+    pub wire: WireLimits,
+    /// When to give up.
+    pub retry: RetryLimits,
+    /// One attempt as a whole.
+    pub attempt_timeout: Duration,
+    /// Who may use a server of its own.
+    pub custom_smtp: CustomSmtp,
+}
+
+/// Everything a delivery meets on its way.
+pub struct Worker {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// This worker's life, and the others'.
+    pub incarnations: Incarnations,
+    /// The organizations' servers.
+    pub configs: ConfigCache,
+    /// Who may start.
+    pub dispatcher: Dispatcher,
+    /// SMTP sessions.
+    pub pool: Pool,
+    /// Where outcomes are recorded and handed over.
+    pub desk: Desk,
+    /// Whether the database can be asked.
+    pub database: DatabaseWatch,
+    /// Whether this worker has come upon a key that it lacks.
+    pub keys_missing: KeysMissing,
+    /// The platform's own server.
+    pub platform: Option<Arc<SmtpAccount>>,
+    /// Settings.
+    pub limits: Limits,
+    /// Time.
+    pub clock: Clock,
+    /// When to stop.
+    pub shutdown: Shutdown,
+}
+
+/// Told of each key id that a configuration is sealed under and the ring lacks: the worker is then not ready.
+pub struct KeysMissing(pub Box<dyn Fn(&str) + Send + Sync>);
+
+impl KeysMissing {
+    fn note(&self, id: &str) {
+        (self.0)(id);
+    }
+}
+
+/// What is to be done with a delivery.
+enum TakeUp {
+    /// Send it.
+    Work(Box<Claimed>, Route, Permit),
+    /// It is claimed, but will not be attempted.
+    GiveUp(Box<Claimed>, Reason, String),
+    /// Another body came under this id.
+    Conflict,
+    /// Sent before, or a copy that nobody needs.
+    Duplicate,
+    /// Later, by way of an aside queue; nothing is charged.
+    Aside(u32),
+    /// Back to the lane: this worker cannot work now.
+    HandBack,
+    /// The recorded hand-over may not have happened: once more.
+    Repeat(HandOver),
+}
+
+impl Worker {
+    /// Brings one delivery to its end.
+    pub async fn handle(&self, delivery: Delivery, lane: &ServedLane) {
+        let delivery = InHand::new(delivery, lane);
+        let job = match wire::parse_job(&delivery.received().body, &self.limits.wire) {
+            Ok(job) => job,
+            Err(refusal) => return self.desk.refuse(delivery, refusal).await,
+        };
+        match self.take_up(&delivery, &job).await {
+            Ok(TakeUp::Work(claimed, route, permit)) => {
+                self.work(delivery, job, *claimed, route, permit).await
+            }
+            Ok(TakeUp::GiveUp(claimed, reason, detail)) => {
+                self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
+            }
+            Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
+            Ok(TakeUp::Duplicate) => self.desk.duplicate(delivery, &job).await,
+            Ok(TakeUp::Aside(delay_s)) => self.desk.put_aside(delivery, delay_s).await,
+            Ok(TakeUp::HandBack) => self.desk.hand_back(delivery).await,
+            Ok(TakeUp::Repeat(hand_over)) => self.desk.repeat(delivery, &job, hand_over).await,
+            Err(error) => self.without_database(delivery, &job, &error).await,
+        }
+    }
+
+    async fn without_database(&self, delivery: InHand<'_>, job: &Job, error: &StoreError) {
+        match error {
+            StoreError::Unavailable(_) => {
+                self.database.lost(error);
+                self.desk.hand_back(delivery).await;
+            }
+            // Handing it back would bring it again at once, for ever.
+            StoreError::Internal(_) => {
+                tracing::error!(job = %job.key, %error, "the database refused to look at a job; it is put aside");
+                self.desk.put_aside(delivery, REFUSED_WAIT_S).await;
+            }
+        }
+    }
+
+    /// Route, admit, claim; again where the claim's answer shows that the route has changed meanwhile.
+    async fn take_up(&self, delivery: &InHand<'_>, job: &Job) -> Result<TakeUp, StoreError> {
+        for _ in 0..ROUTE_LOOKS {
+            let routed = self.route(job).await?;
+            if let Err(NoServer::KeyMissing(id)) = &routed {
+                self.keys_missing.note(id);
+                return Ok(TakeUp::Aside(REFUSED_WAIT_S));
+            }
+            let now = self.clock.now();
+            let overdue = delivery
+                .received()
+                .first_at
+                .is_some_and(|first_at| first_at + self.limits.retry.max_age < now);
+            let permit = match &routed {
+                Ok(route) if !overdue && !job.is_expired(now) => match self.admit(delivery, job, route).await
+                {
+                    Some(Admitted::Go(permit)) => Some(permit),
+                    Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
+                    None => return Ok(TakeUp::HandBack),
+                },
+                _ => None,
+            };
+            let claimed = match self.claim(delivery, job, &routed).await? {
+                Ok(claimed) => claimed,
+                Err(other) => return Ok(other),
+            };
+            if let Some((reason, detail)) = self.reason_to_give_up(job, &claimed) {
+                return Ok(TakeUp::GiveUp(claimed, reason, detail));
+            }
+            let (route, permit) = match (routed, permit) {
+                (Ok(route), Some(permit)) => (route, permit),
+                (Err(NoServer::Dead(reason)), _) if self.is_current(job, &claimed, None).await? => {
+                    return Ok(TakeUp::GiveUp(claimed, reason, missing_server(reason)));
+                }
+                (Ok(_), None) => {
+                    let detail = format!("not sent within {} s", self.limits.retry.max_age.as_secs());
+                    return Ok(TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail));
+                }
+                (Err(_), _) => {
+                    self.desk.release(job, &claimed).await;
+                    continue;
+                }
+            };
+            if self.is_current(job, &claimed, Some(&route)).await? {
+                return Ok(TakeUp::Work(claimed, route, permit));
+            }
+            self.desk.release(job, &claimed).await;
+        }
+        Ok(TakeUp::HandBack)
+    }
+
+    async fn route(&self, job: &Job) -> Result<Result<Route, NoServer>, StoreError> {
+        let facts = match &job.key.organization {
+            Some(organization) => Some(self.configs.get(organization).await?),
+            None => None,
+        };
+        let own = job.key.organization.as_ref().zip(facts.as_deref());
+        Ok(route(own, self.limits.custom_smtp, self.platform.as_ref()))
+    }
+
+    /// Whether the configuration as of the claim is the one that the route was made from.
+    async fn is_current(
+        &self,
+        job: &Job,
+        claimed: &Claimed,
+        route: Option<&Route>,
+    ) -> Result<bool, StoreError> {
+        let Some(organization) = &job.key.organization else { return Ok(true) };
+        self.configs.confirm(organization, claimed.custom_smtp, claimed.config_version).await?;
+        let now = self.route(job).await?.ok();
+        Ok(now.as_ref().map(|route| &route.destination) == route.map(|route| &route.destination))
+    }
+
+    /// `None` when the worker stops meanwhile.
+    async fn admit(&self, delivery: &InHand<'_>, job: &Job, route: &Route) -> Option<Admitted> {
+        let key = LineKey { organization: job.key.organization.clone(), lane: delivery.lane().name.clone() };
+        tokio::select! {
+            biased;
+            () = self.shutdown.stop_taking() => None,
+            admitted = self.dispatcher.admit(&route.destination, key) => Some(admitted),
+        }
+    }
+
+    async fn claim(
+        &self,
+        delivery: &InHand<'_>,
+        job: &Job,
+        routed: &Result<Route, NoServer>,
+    ) -> Result<Result<Box<Claimed>, TakeUp>, StoreError> {
+        let domain = routed.as_ref().ok().map(|route| route.account.from.email.domain());
+        let claim = Claim {
+            key: job.key.clone(),
+            body_hash: job.body_hash,
+            turn: delivery.received().turn,
+            revision: job.group.clone(),
+            message_id: domain.map(|domain| message_id(job, domain)).unwrap_or_default(),
+        };
+        Ok(Err(match self.ledger.claim(claim).await? {
+            ClaimAnswer::Claimed(claimed) => return Ok(Ok(claimed)),
+            ClaimAnswer::AlreadySent => TakeUp::Duplicate,
+            ClaimAnswer::IdConflict => TakeUp::Conflict,
+            ClaimAnswer::Held { owner } => {
+                // Asking starts the second look, so that a dead owner is known as such when the copy returns.
+                self.incarnations.is_alive(owner).await?;
+                TakeUp::Aside(HELD_WAIT_S)
+            }
+            ClaimAnswer::NotYet { wait } => TakeUp::Aside(self.limits.retry.schedule.queue_for_s(wait)),
+            ClaimAnswer::Closed(hand_over) => TakeUp::Repeat(hand_over),
+            ClaimAnswer::Stale(hand_over) => match self.incarnations.is_alive(hand_over.owner).await? {
+                Liveness::Alive => TakeUp::Duplicate,
+                Liveness::Suspect => TakeUp::Aside(HELD_WAIT_S),
+                Liveness::Dead => TakeUp::Repeat(hand_over),
+            },
+        }))
+    }
+
+    /// Why a claimed job is not to be attempted at all.
+    fn reason_to_give_up(&self, job: &Job, claimed: &Claimed) -> Option<(Reason, String)> {
+        if let OrphanDisposition::Dead(reason) = policy::decide_orphan(claimed, job.on_unknown) {
+            let detail = format!("{} workers died with this job in hand", claimed.crashes);
+            return Some((reason, detail));
+        }
+        if let (Some(revision), Some(newest)) = (&job.group, claimed.newest_sequence)
+            && newest > revision.sequence
+        {
+            return Some((Reason::Superseded, superseded(revision.sequence, newest)));
+        }
+        job.is_expired(self.clock.now()).then(|| (Reason::Expired, expired(job)))
+    }
+
+    async fn work(&self, delivery: InHand<'_>, job: Job, mut claimed: Claimed, route: Route, permit: Permit) {
+        if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
+            claimed.unknowns = unknowns;
+        }
+        if claimed.attempts == 0 || claimed.message_id.is_empty() {
+            claimed.message_id = message_id(&job, route.account.from.email.domain());
+        }
+        let max_bytes = self.limits.wire.max_message_bytes;
+        let composed =
+            compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        let message = match composed {
+            Ok(message) => message,
+            Err(error) => {
+                drop(permit);
+                return self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, error.to_string()).await;
+            }
+        };
+        let recipients = recipients(&job, &claimed);
+        let report = self.attempt(&job, &claimed, &route, &message, recipients).await;
+        drop(message);
+        permit.finish(report.outcome());
+        telemetry::attempt(route.destination.transport(), report.result(), report.reason());
+        self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
+    }
+
+    /// Runs the attempt within its bounds: its time, a panic, and the second stage of a stop.
+    async fn attempt(
+        &self,
+        job: &Job,
+        claimed: &Claimed,
+        route: &Route,
+        message: &[u8],
+        recipients: Vec<u16>,
+    ) -> Report {
+        let progress = Progress::default();
+        let gate = Gatekeeping { worker: self, job, claimed };
+        let sending = attempt::send(&self.pool, route, job, message, recipients.clone(), &progress, &gate);
+        let (reason, detail) = tokio::select! {
+            report = AssertUnwindSafe(sending).catch_unwind() => match report {
+                Ok(report) => return report,
+                Err(_) => (Reason::Internal, "the worker had a fault of its own"),
+            },
+            () = tokio::time::sleep(self.limits.attempt_timeout) => {
+                (Reason::Timeout, "the attempt took too long as a whole")
+            }
+            () = self.shutdown.stop_now() => (Reason::Internal, "the worker was stopped"),
+        };
+        let mut report = Report::cut(recipients, progress.is_committed(), reason, detail);
+        if self.shutdown.is_stopping() && !progress.is_committed() {
+            report.shut = Some(Shut::Halted);
+        }
+        report
+    }
+}
+
+/// The last look before DATA, for one claim.
+struct Gatekeeping<'a> {
+    worker: &'a Worker,
+    job: &'a Job,
+    claimed: &'a Claimed,
+}
+
+impl Gatekeeper for Gatekeeping<'_> {
+    async fn pass(&self) -> Result<(), Shut> {
+        let Self { worker, job, claimed } = self;
+        if worker.incarnations.current() != Some(claimed.owner) {
+            return Err(Shut::Halted);
+        }
+        if job.is_expired(worker.clock.now()) {
+            return Err(Shut::Expired);
+        }
+        let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
+        if !commit && job.group.is_none() {
+            return Ok(());
+        }
+        let gate = Gate {
+            key: job.key.clone(),
+            owner: claimed.owner,
+            turn: claimed.turn,
+            commit,
+            revision: job.group.clone(),
+        };
+        match worker.ledger.before_data(gate).await {
+            Ok(GateAnswer::Open) => Ok(()),
+            Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
+            Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
+            Err(error) => {
+                worker.database.lost(&error);
+                Err(Shut::Halted)
+            }
+        }
+    }
+}
+
+/// RFC 5322 section 3.6.4: the job's id at the domain of its first attempt's From.
+fn message_id(job: &Job, domain: &str) -> String {
+    format!("<{}@{domain}>", job.key.id)
+}
+
+fn missing_server(reason: Reason) -> String {
+    match reason {
+        Reason::ConfigUnreadable => "the stored SMTP credentials cannot be decrypted".to_owned(),
+        _ => "the organization has no SMTP configuration in use and the platform has no server".to_owned(),
+    }
+}
+
+pub(super) fn superseded(mine: i64, newest: i64) -> String {
+    format!("sequence {mine} of its group is older than {newest}")
+}
+
+pub(super) fn expired(job: &Job) -> String {
+    let at = job.expires_at.and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
+    format!("expired at {}", at.unwrap_or_default())
+}

@@ -1,0 +1,397 @@
+//! A new session: look up, judge, dial, greeting, EHLO, STARTTLS, TLS, AUTH.
+//! Guarantee: only an address approved for this very connection is dialled, a failed TLS never falls back to plaintext,
+//! and after a refused password no second mechanism is tried.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lettre::transport::smtp::authentication::{Credentials as ClientCredentials, Mechanism};
+use lettre::transport::smtp::client::AsyncSmtpConnection;
+use lettre::transport::smtp::commands::Auth;
+use lettre::transport::smtp::extension::ClientId;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+
+use super::reply::{RawReply, dial_fault, egress_fault, protocol};
+use super::session::{Session, SessionFacts, drive};
+use super::stream::{Channel, Deadlines, Io, SharedChannel};
+use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault};
+use crate::egress::{ApprovedAddr, Egress, EgressError, OperatorsHost, ServerHost, dial};
+use crate::model::failure::{Failure, Fault, Phase};
+use crate::model::policy;
+use crate::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
+
+/// More destinations than this and the resumption caches are dropped; all that is lost is a shorter handshake.
+const CACHED_CONFIGS_MAX: usize = 4096;
+
+/// Hears how long each phase took, and what was not dialled. Called from the sending task: it must not block.
+pub trait Observer: Send + Sync {
+    /// A phase came to its end, good or bad.
+    fn phase(&self, phase: Phase, took: Duration);
+    /// An address or a name was refused; the label says by which rule.
+    fn egress_refused(&self, rule: &'static str);
+}
+
+/// Hears nothing.
+impl Observer for () {
+    fn phase(&self, _: Phase, _: Duration) {}
+    fn egress_refused(&self, _: &'static str) {}
+}
+
+/// How sessions are opened, whatever the destination.
+#[derive(Debug, Clone)]
+pub struct SmtpOptions {
+    /// How long to wait for what.
+    pub deadlines: Deadlines,
+    /// Name given in EHLO: a host name, or an address literal in brackets.
+    pub hello_name: String,
+    /// Whether credentials may travel unencrypted.
+    pub allow_plaintext_auth: bool,
+}
+
+/// Opens sessions. Cheap to clone; the clones share the TLS resumption caches.
+#[derive(Clone)]
+pub struct SmtpConnector {
+    egress: Arc<Egress>,
+    roots: TlsRoots,
+    options: Arc<SmtpOptions>,
+    observer: Arc<dyn Observer>,
+    configs: Arc<Mutex<HashMap<Destination, Arc<ClientConfig>>>>,
+}
+
+/// What the EHLO reply offers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Offers {
+    pub starttls: bool,
+    pub pipelining: bool,
+    pub smtputf8: bool,
+    pub eight_bit_mime: bool,
+    /// Whether SIZE is known, and the limit in bytes if the server names one (RFC 1870 section 3).
+    pub size: Option<Option<u64>>,
+    /// AUTH mechanisms, upper case.
+    pub mechanisms: Vec<String>,
+}
+
+impl Offers {
+    /// Keywords are compared without regard to case (RFC 5321 section 2.4); `AUTH=` is an old spelling of `AUTH`.
+    fn read(reply: &RawReply) -> Self {
+        let mut offers = Self::default();
+        for line in reply.lines.iter().skip(1) {
+            let line = line.to_ascii_uppercase().replacen("AUTH=", "AUTH ", 1);
+            let mut words = line.split_ascii_whitespace();
+            match words.next() {
+                Some("STARTTLS") => offers.starttls = true,
+                Some("PIPELINING") => offers.pipelining = true,
+                Some("SMTPUTF8") => offers.smtputf8 = true,
+                Some("8BITMIME") => offers.eight_bit_mime = true,
+                Some("SIZE") => {
+                    let limit = words.next().and_then(|word| word.parse().ok());
+                    offers.size = Some(limit.filter(|limit| *limit > 0));
+                }
+                Some("AUTH") => {
+                    for mechanism in words.map(str::to_owned) {
+                        if !offers.mechanisms.contains(&mechanism) {
+                            offers.mechanisms.push(mechanism);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        offers
+    }
+
+    /// The mechanisms that can be used here, the better one first.
+    fn usable_mechanisms(&self) -> Vec<Mechanism> {
+        let offered =
+            |mechanism: &Mechanism| self.mechanisms.iter().any(|name| *name == mechanism.to_string());
+        [Mechanism::Plain, Mechanism::Login].into_iter().filter(offered).collect()
+    }
+}
+
+/// A connection before the client library takes over.
+struct Opening<'a> {
+    connector: &'a SmtpConnector,
+    destination: &'a Destination,
+    account: &'a SmtpAccount,
+    host: ServerHost,
+    phase: Phase,
+    since: Instant,
+}
+
+impl SmtpConnector {
+    /// A connector that reports to the observer; `Arc::new(())` for none.
+    pub fn new(
+        egress: Arc<Egress>,
+        roots: TlsRoots,
+        options: SmtpOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
+        Self { egress, roots, options: Arc::new(options), observer, configs: Arc::default() }
+    }
+
+    /// The same connector with another observer: a connection test listens for itself.
+    pub fn observed_by(&self, observer: Arc<dyn Observer>) -> Self {
+        Self { observer, ..self.clone() }
+    }
+
+    /// Opens a session: everything up to and including AUTH. The host is looked up and judged for this connection.
+    ///
+    /// # Errors
+    /// A [`Failure`] with the phase that failed.
+    pub async fn open(&self, destination: &Destination, account: &SmtpAccount) -> Result<Session, Failure> {
+        let host = ServerHost::parse(&account.host);
+        let Ok(host) = host else {
+            return Err(Failure::new(Phase::Resolve, Fault::HostNotFound));
+        };
+        let mut opening = Opening {
+            connector: self,
+            destination,
+            account,
+            host,
+            phase: Phase::Resolve,
+            since: Instant::now(),
+        };
+        let mut address = None;
+        let outcome = opening.run(&mut address).await;
+        opening.ended();
+        outcome.map_err(|fault| Failure { address, ..Failure::new(opening.phase, fault) })
+    }
+
+    /// Drops what is kept for a destination that will not come again.
+    pub(super) fn forget(&self, destination: &Destination) {
+        self.configs.lock().expect("no panic holds it").remove(destination);
+    }
+
+    fn client_config(&self, destination: &Destination) -> Arc<ClientConfig> {
+        let mut configs = self.configs.lock().expect("no panic holds it");
+        if configs.len() >= CACHED_CONFIGS_MAX && !configs.contains_key(destination) {
+            configs.clear();
+        }
+        configs.entry(destination.clone()).or_insert_with(|| self.roots.client_config()).clone()
+    }
+}
+
+impl Opening<'_> {
+    async fn run(&mut self, address: &mut Option<SocketAddr>) -> Result<Session, Fault> {
+        let deadlines = self.connector.options.deadlines;
+        let approved = self.approved().await?;
+        self.enter(Phase::Connect);
+        *address = approved.first().map(ApprovedAddr::socket_addr);
+        let (stream, dialled) =
+            dial(&approved, deadlines.connect).await.map_err(|error| dial_fault(&error))?;
+        *address = Some(dialled);
+        let (channel, greeting, offers, tls) = self.greet(stream).await?;
+        let facts = SessionFacts { address: dialled, greeting: greeting.to_model(), tls, mechanism: None };
+        let observer = self.connector.observer.clone();
+        let mut session = self.hand_over(channel, facts, offers, observer).await?;
+        if let Some(credentials) = &self.account.credentials {
+            self.enter(Phase::Auth);
+            let mechanism = authenticate(&mut session, credentials).await?;
+            session.facts_mut().mechanism = Some(mechanism);
+        }
+        Ok(session)
+    }
+
+    async fn approved(&self) -> Result<Vec<ApprovedAddr>, Fault> {
+        let (egress, port) = (&self.connector.egress, self.account.port);
+        let approved = match self.destination {
+            Destination::Organization { .. } => egress.approve(&self.host, port).await,
+            Destination::Platform => {
+                let host = OperatorsHost::from_settings(self.host.clone());
+                egress.approve_operators_host(&host, port).await
+            }
+        };
+        approved.map_err(|error| {
+            if let EgressError::HostNotPublic { refusal } = &error {
+                self.connector.observer.egress_refused(refusal.label());
+            }
+            egress_fault(&error)
+        })
+    }
+
+    /// Greeting, EHLO, and TLS by the account's mode.
+    async fn greet(
+        &mut self,
+        stream: TcpStream,
+    ) -> Result<(Channel, RawReply, Offers, Option<TlsFacts>), Fault> {
+        if self.account.tls == TlsMode::Implicit {
+            let (mut channel, tls) = self.take_up_tls(stream).await?;
+            let greeting = self.greeting(&mut channel).await?;
+            let offers = self.ehlo(&mut channel).await?;
+            return Ok((channel, greeting, offers, tls));
+        }
+        let mut channel = Channel::new(Io::Plain(stream));
+        let greeting = self.greeting(&mut channel).await?;
+        let offers = self.ehlo(&mut channel).await?;
+        if !offers.starttls && self.may_stay_in_clear() {
+            return Ok((channel, greeting, offers, None));
+        }
+        self.enter(Phase::Starttls);
+        if !offers.starttls {
+            return Err(Fault::TlsRequired);
+        }
+        let reply = self.command(&mut channel, "STARTTLS\r\n").await?;
+        if reply.code != 220 {
+            return Err(reply.into_fault());
+        }
+        let (mut channel, tls) = self.take_up_tls(channel.into_plain()?).await?;
+        // What the server said before TLS counts no longer (RFC 3207 section 4.2).
+        let offers = self.ehlo(&mut channel).await?;
+        Ok((channel, greeting, offers, tls))
+    }
+
+    fn may_stay_in_clear(&self) -> bool {
+        let exposes_nothing =
+            self.account.credentials.is_none() || self.connector.options.allow_plaintext_auth;
+        self.account.tls == TlsMode::Opportunistic && exposes_nothing
+    }
+
+    async fn greeting(&mut self, channel: &mut Channel) -> Result<RawReply, Fault> {
+        self.enter(Phase::Greeting);
+        let limit = self.connector.options.deadlines.command;
+        let greeting = timeout(limit, channel.read_reply()).await.map_err(|_| Fault::Timeout)??;
+        if greeting.code == 220 { Ok(greeting) } else { Err(greeting.into_fault()) }
+    }
+
+    async fn ehlo(&mut self, channel: &mut Channel) -> Result<Offers, Fault> {
+        self.enter(Phase::Ehlo);
+        let line = format!("EHLO {}\r\n", self.connector.options.hello_name);
+        let reply = self.command(channel, &line).await?;
+        if reply.is_success() { Ok(Offers::read(&reply)) } else { Err(reply.into_fault()) }
+    }
+
+    async fn command(&self, channel: &mut Channel, line: &str) -> Result<RawReply, Fault> {
+        let limit = self.connector.options.deadlines.command;
+        timeout(limit, channel.command(line)).await.map_err(|_| Fault::Timeout)?
+    }
+
+    async fn take_up_tls(&mut self, stream: TcpStream) -> Result<(Channel, Option<TlsFacts>), Fault> {
+        self.enter(Phase::Tls);
+        let name = match &self.host {
+            ServerHost::Ip(ip) => ServerName::from(*ip),
+            ServerHost::Name(name) => ServerName::try_from(name.as_str().to_owned())
+                .map_err(|_| Fault::Tls { detail: "no certificate can be for this host name".to_owned() })?,
+        };
+        let connector = TlsConnector::from(self.connector.client_config(self.destination));
+        let limit = self.connector.options.deadlines.connect;
+        let stream = timeout(limit, connector.connect(name, stream))
+            .await
+            .map_err(|_| Fault::Timeout)?
+            .map_err(|error| handshake_fault(&error, &self.account.host))?;
+        let facts = facts(stream.get_ref().1);
+        Ok((Channel::new(Io::Tls(Box::new(stream))), facts))
+    }
+
+    /// From here on the client library speaks; it gets the opening replayed.
+    async fn hand_over(
+        &self,
+        mut channel: Channel,
+        facts: SessionFacts,
+        offers: Offers,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Session, Fault> {
+        channel.replay_opening();
+        let channel = SharedChannel::new(channel);
+        let client_side = Box::new(channel.client_side(facts.address));
+        let hello = ClientId::Domain(self.connector.options.hello_name.clone());
+        let connection = AsyncSmtpConnection::connect_with_transport(client_side, &hello)
+            .await
+            .map_err(|_| protocol("the session could not be taken up"))?;
+        Ok(Session::new(connection, channel, self.connector.options.deadlines, facts, offers, observer))
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.ended();
+        self.phase = phase;
+        self.since = Instant::now();
+    }
+
+    fn ended(&self) {
+        self.connector.observer.phase(self.phase, self.since.elapsed());
+    }
+}
+
+/// Logs in; returns the mechanism that was accepted.
+async fn authenticate(session: &mut Session, credentials: &Credentials) -> Result<&'static str, Fault> {
+    let client_credentials =
+        ClientCredentials::new(credentials.username().to_owned(), credentials.password().to_owned());
+    for mechanism in session.offers().usable_mechanisms() {
+        let reply = try_mechanism(session, mechanism, &client_credentials).await?;
+        if reply.is_success() {
+            return Ok(match mechanism {
+                Mechanism::Login => "LOGIN",
+                _ => "PLAIN",
+            });
+        }
+        if !reply.is_refusal() || reply.closes() || !policy::auth_may_try_next(&reply.to_model()) {
+            return Err(reply.into_fault());
+        }
+    }
+    Err(Fault::NoAuthMechanism { offered: session.offers().mechanisms.join(" ") })
+}
+
+/// One AUTH exchange. LOGIN's prompts are not read: the first asks for the user name, the second for the password,
+/// in whatever words.
+async fn try_mechanism(
+    session: &mut Session,
+    mechanism: Mechanism,
+    credentials: &ClientCredentials,
+) -> Result<RawReply, Fault> {
+    let prompts: &[&str] = if mechanism == Mechanism::Login { &["Username:", "Password:"] } else { &[] };
+    let unusable = |_| protocol("the credentials cannot be encoded");
+    let mut command = Auth::new(mechanism, credentials.clone(), None).map_err(unusable)?;
+    let mut prompts = prompts.iter();
+    loop {
+        let (connection, channel, deadlines) = session.parts();
+        channel.lock().begin_command();
+        let reply = drive(&channel, &deadlines, connection.command(command)).await?;
+        let Some(prompt) = prompts.next().filter(|_| reply.code == 334) else {
+            return Ok(reply);
+        };
+        command = Auth::new(mechanism, credentials.clone(), Some((*prompt).to_owned())).map_err(unusable)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ehlo_keywords_are_read_in_any_case_and_the_first_line_is_no_keyword() {
+        let lines = [
+            "STARTTLS greets you",
+            "pipelining",
+            "Size 1000",
+            "auth plain XOAUTH2",
+            "AUTH=LOGIN plain",
+            "smtputf8",
+        ];
+        let offers = Offers::read(&RawReply { code: 250, lines: lines.map(str::to_owned).to_vec() });
+        assert_eq!(
+            offers,
+            Offers {
+                starttls: false,
+                pipelining: true,
+                smtputf8: true,
+                eight_bit_mime: false,
+                size: Some(Some(1000)),
+                mechanisms: ["PLAIN", "XOAUTH2", "LOGIN"].map(str::to_owned).to_vec(),
+            }
+        );
+        assert_eq!(offers.usable_mechanisms(), [Mechanism::Plain, Mechanism::Login]);
+    }
+
+    #[test]
+    fn a_size_of_zero_or_none_is_no_limit() {
+        for keyword in ["SIZE 0", "SIZE"] {
+            let lines = vec!["mail.test".to_owned(), keyword.to_owned()];
+            assert_eq!(Offers::read(&RawReply { code: 250, lines }).size, Some(None));
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Sending: sessions with SMTP servers, and the pool that keeps them. The only folder that knows the SMTP client library.
+//! Guarantee: credentials never travel in the clear unless the operator allows it, every wait has its deadline, and a
+//! session about which anything is in doubt is never used again.
+
+pub mod compose;
+mod connect;
+mod pool;
+mod reply;
+mod session;
+mod stream;
+mod tls;
+
+pub use connect::{Observer, SmtpConnector, SmtpOptions};
+pub use pool::{Pool, PoolLimits, PooledSession};
+pub use session::{Envelope, Session, SessionFacts};
+pub use stream::Deadlines;
+pub use tls::{ExtraCaError, TlsFacts, TlsRoots};

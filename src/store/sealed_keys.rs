@@ -1,0 +1,77 @@
+//! Whether every stored credential opens under the keys at hand.
+//! Guarantee: credentials are opened one at a time and dropped at once; only counts and key ids come out.
+
+use std::collections::BTreeSet;
+
+use sqlx::Row;
+
+use super::{Store, StoreError};
+use crate::model::organization::OrganizationId;
+use crate::secrets::{Context, Field, KeyRing, OpenError};
+
+/// Configurations read at once.
+const PAGE: i64 = 500;
+
+/// What a look at every stored configuration found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SealedReport {
+    /// Configurations whose credentials open.
+    pub readable: u64,
+    /// Configurations that were changed outside, or sealed under another key of the same id.
+    pub damaged: u64,
+    /// Configurations sealed under a key that is not at hand.
+    pub keyless: u64,
+    /// The ids of those keys.
+    pub missing_keys: BTreeSet<String>,
+}
+
+impl Store {
+    /// Tries to open every stored configuration.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn try_sealed(&self, keys: &KeyRing) -> Result<SealedReport, StoreError> {
+        let mut report = SealedReport::default();
+        let mut after = String::new();
+        loop {
+            let page = sqlx::query(
+                "SELECT organization_id, username_sealed, password_sealed FROM smtp_configs \
+                 WHERE organization_id > $1 ORDER BY organization_id LIMIT $2",
+            )
+            .bind(&after)
+            .bind(PAGE);
+            let rows = self.on_session(async |session| page.fetch_all(session).await).await?;
+            let Some(last) = rows.last() else { return Ok(report) };
+            after = last.try_get("organization_id")?;
+            for row in &rows {
+                report.count(opens(
+                    keys,
+                    row.try_get("organization_id")?,
+                    row.try_get("username_sealed")?,
+                    row.try_get("password_sealed")?,
+                ));
+            }
+        }
+    }
+}
+
+impl SealedReport {
+    fn count(&mut self, outcome: Result<(), OpenError>) {
+        match outcome {
+            Ok(()) => self.readable += 1,
+            Err(OpenError::UnknownKey { id }) => {
+                self.keyless += 1;
+                self.missing_keys.insert(id);
+            }
+            Err(OpenError::Tampered | OpenError::Format) => self.damaged += 1,
+        }
+    }
+}
+
+fn opens(keys: &KeyRing, organization: &str, username: &[u8], password: &[u8]) -> Result<(), OpenError> {
+    let organization = &OrganizationId::parse(organization).map_err(|_| OpenError::Format)?;
+    for (field, sealed) in [(Field::Username, username), (Field::Password, password)] {
+        drop(keys.open(Context { organization, field }, sealed)?);
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! The command line as a person or a script meets it: help, usage, settings errors, exit codes.
+
+mod services;
+
+use std::process::{Command, Output, Stdio};
+
+fn sendoff(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sendoff"))
+        .args(arguments)
+        .env_clear()
+        .envs(environment.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .expect("the program runs")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A port of 127.0.0.1 where nobody listens: bound and let go of.
+fn closed_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn help_names_every_command_and_each_has_an_example() {
+    let help = sendoff(&["--help"], &[]);
+    assert_eq!(help.status.code(), Some(0));
+    for command in ["worker", "check", "migrate", "topology", "job", "org", "keys"] {
+        assert!(stdout(&help).contains(command), "{command}");
+        let own = sendoff(&[command, "--help"], &[]);
+        assert_eq!(own.status.code(), Some(0));
+        assert!(stdout(&own).contains("Example"), "{command}");
+    }
+}
+
+#[test]
+fn what_is_not_understood_is_a_usage_error() {
+    for arguments in
+        [&["wrok"][..], &[], &["worker", "--drain-timeout", "1h"], &["job", "status", "not-a-uuid"]]
+    {
+        let output = sendoff(arguments, &[]);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(stdout(&output).is_empty() && !stderr(&output).is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_bad_setting_fails_with_one_message_that_names_it() {
+    let output =
+        sendoff(&["worker"], &[("SENDOFF__SMTP__IDLE_TIMEOUT", "3"), ("DATABASE_URL", "mysql://u:canary@h")]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = stderr(&output);
+    assert!(message.starts_with("error: settings: "), "{message}");
+    for words in
+        ["did you mean smtp.idle_timeout_s?", "database.url (DATABASE_URL)", "encryption.keys is missing"]
+    {
+        assert!(message.contains(words), "{words}: {message}");
+    }
+    assert!(!message.contains("canary"), "{message}");
+}
+
+#[test]
+fn a_bad_log_filter_is_refused() {
+    let output = sendoff(&["topology", "show"], &[("RUST_LOG", "a=b=c")]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("RUST_LOG"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_settings_file_is_named_by_argument_or_by_variable() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "[amqp]\nprefix = \"booking\"\n").unwrap();
+    let path = file.path().to_str().unwrap();
+    for output in [
+        sendoff(&["topology", "show", "--config", path], &[]),
+        sendoff(&["--config", path, "topology", "show"], &[]),
+        sendoff(&["topology", "show"], &[("SENDOFF_CONFIG", path)]),
+    ] {
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert!(stdout(&output).contains("booking.jobs.notifications"));
+    }
+    let gone = sendoff(&["topology", "show", "--config", "/nowhere.toml"], &[]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(stderr(&gone).contains("/nowhere.toml"));
+}
+
+#[test]
+fn the_topology_is_shown_without_any_service() {
+    let output = sendoff(&["topology", "show", "--json"], &[]);
+    let topology: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let queues: Vec<_> =
+        topology["queues"].as_array().unwrap().iter().map(|queue| queue["name"].as_str()).collect();
+    for queue in
+        ["sendoff.jobs.reminders", "sendoff.retry.notifications.28800", "sendoff.dead", "sendoff.control"]
+    {
+        assert!(queues.contains(&Some(queue)), "{queue}");
+    }
+}
+
+#[test]
+fn a_generated_key_is_one_the_settings_take() {
+    let output = sendoff(&["keys", "generate"], &[]);
+    assert_eq!(output.status.code(), Some(0));
+    let key = stdout(&output).trim().to_owned();
+    let taken = sendoff(&["topology", "show"], &[("SENDOFF__ENCRYPTION__KEYS", &key)]);
+    assert_eq!(taken.status.code(), Some(0), "{}", stderr(&taken));
+    let named = sendoff(&["keys", "generate", "--id", "spring", "--json"], &[]);
+    let named: serde_json::Value = serde_json::from_slice(&named.stdout).unwrap();
+    assert!(named["id"] == "spring" && named["key"].as_str().unwrap().starts_with("spring:"));
+    assert_eq!(sendoff(&["keys", "generate", "--id", "a b"], &[]).status.code(), Some(1));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sendoff"))
+        .args(["topology", "show"])
+        .env_clear()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn a_dependency_that_is_away_has_its_own_exit_code() {
+    let port = closed_port();
+    let amqp = format!("amqp://guest:canary@127.0.0.1:{port}");
+    let database = format!("postgres://u:canary@127.0.0.1:{port}/d");
+    let environment = [("AMQP_URL", amqp.as_str()), ("DATABASE_URL", database.as_str())];
+    let send = ["job", "send", "--to", "a@example.org", "--subject", "x", "--text", "y"];
+    for arguments in [&["org", "smtp", "show", "42"][..], &["migrate"], &send] {
+        let output = sendoff(arguments, &environment);
+        assert_eq!(output.status.code(), Some(3), "{arguments:?}: {}", stderr(&output));
+        assert!(
+            stderr(&output).starts_with("error: ") && !stderr(&output).contains("canary"),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn a_job_that_the_worker_would_refuse_is_not_published() {
+    let send = |more: &[&str]| sendoff(&[&["job", "send", "--subject", "x"][..], more].concat(), &[]);
+    let refused = send(&["--to", "not an address", "--text", "y"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        stderr(&refused).contains("malformed") && stderr(&refused).contains("to"),
+        "{}",
+        stderr(&refused)
+    );
+    let lane = send(&["--to", "a@example.org", "--text", "y", "--lane", "express"]);
+    assert!(stderr(&lane).contains("notifications, reminders"), "{}", stderr(&lane));
+    assert_eq!(send(&["--timeout", "3s"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_password_is_never_an_argument() {
+    let create =
+        ["org", "smtp", "create", "42", "--host", "h.example.org", "--port", "587", "--username", "u"];
+    let rest = ["--from-email", "a@example.org", "--from-name", "A"];
+    let output = sendoff(&[&create[..], &rest, &["--password", "canary"]].concat(), &[]);
+    assert_eq!(output.status.code(), Some(2));
+    let output = sendoff(&[&create[..], &rest].concat(), &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("--password-file"), "{}", stderr(&output));
+}
+
+#[test]
+fn check_tells_of_every_part_and_fails_when_one_does() {
+    let output = sendoff(&["check", "--json"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let lines: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(
+        lines.as_array().unwrap().iter().all(|line| line["name"] == "settings" && line["status"] == "failed")
+    );
+
+    let port = closed_port();
+    let key = stdout(&sendoff(&["keys", "generate"], &[]));
+    let output = sendoff(
+        &["check"],
+        &[
+            ("AMQP_URL", &format!("amqp://127.0.0.1:{port}")),
+            ("DATABASE_URL", &format!("postgres://127.0.0.1:{port}/d")),
+            ("SENDOFF__ENCRYPTION__KEYS", key.trim()),
+            ("SENDOFF__EGRESS__NAMESERVERS", &format!("127.0.0.1:{port}")),
+        ],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let text = stdout(&output);
+    for part in ["ok      settings", "ok      keys", "FAILED  database", "FAILED  broker", "FAILED  dns"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}

@@ -1,0 +1,126 @@
+//! A TCP proxy on 127.0.0.1 that forwards, and on command cuts, stalls or refuses.
+//! Guarantee: a cut resets every connection at once; a stall keeps them open and moves no byte.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What the proxy does with its connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Forward,
+    Stall,
+    Refuse,
+}
+
+/// A running proxy; it ends when this is dropped.
+pub struct Proxy {
+    address: SocketAddr,
+    mode: watch::Sender<Mode>,
+    /// Counts the cuts: every connection of an earlier count is closed.
+    cuts: watch::Sender<usize>,
+    accepted: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    /// Forwards to `target` from a port of its own.
+    pub async fn start(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("a bound address");
+        let (mode, mode_seen) = watch::channel(Mode::Forward);
+        let (cuts, cuts_seen) = watch::channel(0);
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let counter = accepted.clone();
+        tokio::spawn(async move {
+            let mut ended = cuts_seen.clone();
+            loop {
+                tokio::select! {
+                    incoming = listener.accept() => {
+                        let Ok((client, _)) = incoming else { return };
+                        counter.fetch_add(1, Ordering::SeqCst);
+                        tokio::spawn(serve(client, target, mode_seen.clone(), cuts_seen.clone()));
+                    }
+                    changed = ended.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Self { address, mode, cuts, accepted }
+    }
+
+    /// Where to connect to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Connections accepted so far.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Closes every connection; new ones are forwarded again.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Closes every connection, and each new one at once.
+    pub fn refuse(&self) {
+        self.mode.send_replace(Mode::Refuse);
+        self.cut();
+    }
+
+    /// Keeps every connection, new ones included, and moves nothing.
+    pub fn stall(&self) {
+        self.mode.send_replace(Mode::Stall);
+    }
+
+    /// Forwards again.
+    pub fn forward(&self) {
+        self.mode.send_replace(Mode::Forward);
+    }
+}
+
+async fn serve(
+    client: TcpStream,
+    target: SocketAddr,
+    mode: watch::Receiver<Mode>,
+    mut cuts: watch::Receiver<usize>,
+) {
+    cuts.mark_unchanged();
+    if *mode.borrow() == Mode::Refuse {
+        return;
+    }
+    let Ok(server) = TcpStream::connect(target).await else { return };
+    // No lingering: a cut is a reset, as when a machine vanishes and its address answers again.
+    let _unsupported = client.set_zero_linger();
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    tokio::select! {
+        () = pump(client_read, server_write, mode.clone()) => {}
+        () = pump(server_read, client_write, mode) => {}
+        _ = cuts.changed() => {}
+    }
+}
+
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut mode: watch::Receiver<Mode>) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        if mode.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
+            return;
+        }
+        let count = match from.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(count) => count,
+        };
+        if mode.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}

@@ -2,15 +2,16 @@
 //! Guarantee: codes and fixed messages are the contract's (section 4); no message repeats a value that was given for a
 //! credential.
 
-use serde::Serialize;
+use std::fmt;
+
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::egress::EgressError;
 use crate::store::{ChangeError, StoreError};
 
 /// The contract's error codes, as far as these commands give them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
     /// Not JSON, unknown command, unknown or missing field.
     InvalidRequest,
@@ -61,6 +62,12 @@ impl Code {
     }
 }
 
+impl Serialize for Code {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
 /// The error part of a reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ControlError {
@@ -77,10 +84,16 @@ pub struct ControlError {
 }
 
 /// The reply to one command.
-#[derive(Debug)]
 pub struct Response {
     command: &'static str,
     outcome: Result<Value, ControlError>,
+}
+
+/// Shows the command and the code only: a result holds the sender's address.
+impl fmt::Debug for Response {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Response({}: {})", self.command, self.code())
+    }
 }
 
 impl ControlError {
@@ -103,7 +116,7 @@ impl ControlError {
     }
 
     /// `rule` follows the field's name: "must be …".
-    pub(super) fn invalid_field(field: &str, rule: impl std::fmt::Display) -> Self {
+    pub(super) fn invalid_field(field: &str, rule: impl fmt::Display) -> Self {
         Self::new(Code::InvalidField, format!("{field} {rule}")).field(field)
     }
 

@@ -18,7 +18,7 @@ impl Control {
         if feature != CUSTOM_SMTP {
             return Err(ControlError::invalid_field("feature", format!("must be `{CUSTOM_SMTP}`")));
         }
-        self.store.set_custom_smtp(call.organization()?, enabled, call.audit("ok")).await?;
+        self.store.set_custom_smtp(call.organization()?, enabled, call.audit("ok"), call.by).await?;
         Ok(Done::changed(json!({ "enabled": enabled }), Vec::new()))
     }
 }

@@ -127,6 +127,8 @@ fn actor(fields: &Fields) -> Result<Option<String>, ControlError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn fault(json: &str) -> (Code, Option<String>) {
@@ -215,5 +217,18 @@ mod tests {
         let request =
             Request::read(br#"{"command":"job.status","organization_id":null,"params":{"id":"x"}}"#);
         assert_eq!((request.fault, request.organization), (None, None));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_is_published_makes_it_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200), name in "\\PC{0,40}", value in "\\PC{0,40}"
+        ) {
+            let _ = Request::read(&bytes);
+            let json = serde_json::json!(
+                { "command": name, "organization_id": value, "actor": value, name.clone(): 1 }
+            );
+            prop_assert!(Request::read(json.to_string().as_bytes()).fault.is_some());
+        }
     }
 }

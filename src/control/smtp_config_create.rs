@@ -16,13 +16,13 @@ impl Control {
     pub(super) async fn smtp_config_create(&self, call: &Call<'_>) -> Result<Done, ControlError> {
         let (host, new) = complete(SmtpParams::read(&call.request.params)?)?;
         let organization = call.organization()?;
-        let settings = self.settings_of(organization).await?;
+        let settings = self.configs.get(organization).await?;
         self.check_enabled(&settings)?;
         if settings.config.is_some() {
             return Err(ControlError::already_exists());
         }
         self.check_server(&host, new.port).await?;
-        let config = self.configs.create(organization, &new, call.audit("ok")).await?;
+        let config = self.configs.create(organization, &new, call.audit("ok"), call.by).await?;
         let events = self.event(organization, What::ConfigCreated { version: config.version });
         Ok(Done::changed(view(organization, &config), events))
     }

@@ -11,7 +11,7 @@ impl Control {
     /// Works with the flag off too: an organization that may no longer use its server may still take its password away.
     pub(super) async fn smtp_config_delete(&self, call: &Call<'_>) -> Result<Done, ControlError> {
         let organization = call.organization()?;
-        self.configs.delete(organization, call.audit("ok")).await?;
+        self.configs.delete(organization, call.audit("ok"), call.by).await?;
         Ok(Done::changed(json!({}), self.event(organization, What::ConfigDeleted {})))
     }
 }

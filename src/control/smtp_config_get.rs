@@ -14,7 +14,7 @@ impl Control {
     /// Works with the flag off too: an admin must see what is left to delete.
     pub(super) async fn smtp_config_get(&self, call: &Call<'_>) -> Result<Done, ControlError> {
         let organization = call.organization()?;
-        let settings = self.settings_of(organization).await?;
+        let settings = self.configs.get(organization).await?;
         let config = settings.config.ok_or_else(ControlError::config_not_found)?;
         Ok(Done::read(view(organization, &config)))
     }

@@ -37,7 +37,7 @@ impl Control {
         let patch = patch(params);
         let organization = call.organization()?;
         for _ in 0..ROUNDS {
-            let settings = self.settings_of(organization).await?;
+            let settings = self.configs.get(organization).await?;
             self.check_enabled(&settings)?;
             let current = settings.config.ok_or_else(ControlError::config_not_found)?;
             if if_version.is_some_and(|version| version != current.version) {
@@ -57,7 +57,11 @@ impl Control {
                 }
                 password_rule(locked, &patch).map_err(Refusal::Rule)
             };
-            match self.configs.update(organization, if_version, &patch, allow, call.audit("ok")).await {
+            match self
+                .configs
+                .update(organization, if_version, &patch, allow, call.audit("ok"), call.by)
+                .await
+            {
                 Err(ChangeError::Refused(Refusal::LookAgain)) => {}
                 Err(error) => {
                     return Err(ControlError::of_change(error, |refusal| match refusal {

@@ -16,7 +16,7 @@ pub(super) const NAMES: &[&str] =
 
 /// Longest sender's name, in bytes: what a mailbox may have.
 const NAME_MAX: usize = 512;
-/// Longest user name and password, in bytes. RFC 4954 section 4 lets an AUTH line be 12,288 long; nothing real comes near.
+/// Longest user name and password, in bytes; RFC 4954 section 4 lets a whole AUTH line have 12,288.
 const CREDENTIAL_MAX: usize = 1024;
 
 /// What was given, each value checked; `None` for what was not.

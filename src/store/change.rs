@@ -7,15 +7,16 @@ use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, Postgres};
+use tokio::time::Instant;
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, silence};
 use crate::model::organization::OrganizationId;
 
-/// Everything before the commit. A lock held by somebody else ends the wait sooner, in the database.
-const PREPARE_LIMIT: Duration = Duration::from_secs(2);
+/// How much of a change's time is kept for its commit.
 const COMMIT_LIMIT: Duration = Duration::from_secs(2);
 const ROLLBACK_LIMIT: Duration = Duration::from_secs(1);
-const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '1500ms'";
+/// A lock held by somebody else ends the wait in the database, so that the connection can be used further.
+const BEGIN: &str = "BEGIN; SET LOCAL lock_timeout = '3s'";
 
 /// An open transaction. Dropped without an end, it closes its connection: one that did not answer is of no more use.
 pub(super) struct Tx {
@@ -120,15 +121,13 @@ impl Drop for Tx {
     }
 }
 
-/// Runs what precedes the commit, no longer than it may take.
+/// Runs what precedes the commit, so that a change is over at `by`.
 pub(super) async fn prepare<T, R>(
+    by: Instant,
     work: impl Future<Output = Result<T, ChangeError<R>>>,
 ) -> Result<T, ChangeError<R>> {
-    match tokio::time::timeout(PREPARE_LIMIT, work).await {
+    match tokio::time::timeout_at(by - COMMIT_LIMIT, work).await {
         Ok(done) => done,
-        Err(_) => {
-            let detail = format!("no answer within {} s", PREPARE_LIMIT.as_secs());
-            Err(ChangeError::Store(StoreError::Unavailable(detail)))
-        }
+        Err(elapsed) => Err(ChangeError::Store(silence(elapsed))),
     }
 }

@@ -1,13 +1,15 @@
 //! The feature flag of an organization: whether it may send through a server of its own.
 //! Guarantee: a flag that was answered as set is in the answer of every later claim.
 
+use tokio::time::Instant;
+
 use super::Store;
 use super::audit::{self, AuditEntry};
 use super::change::{self, ChangeError, Tx};
 use crate::model::organization::OrganizationId;
 
 impl Store {
-    /// Switches `custom-smtp-for-orgs` on or off.
+    /// Switches `custom-smtp-for-orgs` on or off; over at `by`.
     ///
     /// # Errors
     /// [`ChangeError::Store`] and [`ChangeError::Unknown`].
@@ -16,8 +18,9 @@ impl Store {
         organization: &OrganizationId,
         enabled: bool,
         audit: AuditEntry<'_>,
+        by: Instant,
     ) -> Result<(), ChangeError> {
-        let prepared = change::prepare(async {
+        let prepared = change::prepare(by, async {
             let mut tx = Tx::begin(self).await?;
             let done = set(&mut tx, organization, enabled, audit).await;
             tx.keep(done).await

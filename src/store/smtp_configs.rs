@@ -4,6 +4,7 @@
 mod changes;
 mod sending;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ const SHOWN: &str = concat!(
     " FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1"
 );
 /// For a person who waits for an answer: to get a connection, and again to get the row.
-const READ_LIMIT: Duration = Duration::from_secs(1);
+const READ_LIMIT: Duration = Duration::from_secs(2);
 
 /// The configurations, with the keys that their credentials are sealed under. Cheap to clone.
 #[derive(Clone)]
@@ -44,7 +45,7 @@ pub struct SmtpConfigs {
 }
 
 /// A configuration as it may be shown: without credentials.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SmtpConfig {
     /// Raised with every change.
     pub version: i64,
@@ -64,6 +65,13 @@ pub struct SmtpConfig {
     pub created_at: OffsetDateTime,
     /// When it last changed.
     pub updated_at: OffsetDateTime,
+}
+
+/// Shows version and server only: the sender is personal data.
+impl fmt::Debug for SmtpConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SmtpConfig(version {}, {}:{})", self.version, self.host, self.port)
+    }
 }
 
 /// What a connection test found.

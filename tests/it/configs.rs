@@ -327,6 +327,16 @@ async fn every_refused_create_says_which_field_and_why() {
 }
 
 #[tokio::test]
+async fn silent_name_servers_do_not_keep_the_answer_back() {
+    let world = World::enabled("acme").await;
+    world.dns.script("silent.example.org", Answer::Silence, 0);
+    let begun = Instant::now();
+    let silent = settings_with(json!({"host": "silent.example.org"}));
+    assert_eq!(world.error("smtp_config.create", "acme", silent).await, code("dns_failed", "host"));
+    assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn the_fixed_messages_are_the_contracts() {
     let world = World::new().await;
     let message = async |command: &str, params: Value| {
@@ -799,6 +809,24 @@ async fn a_row_that_somebody_else_holds_is_not_waited_for_too_long() {
     assert!(begun.elapsed() < DEADLINE);
     blocker.rollback().await.unwrap();
     assert_eq!(world.ok("smtp_config.update", "acme", json!({"port": 25})).await["version"], 2);
+}
+
+#[tokio::test]
+async fn a_commit_that_is_not_confirmed_is_not_called_unchanged() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    world
+        .sql("CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(4); RETURN NULL; END';
+              CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON smtp_configs DEFERRABLE INITIALLY DEFERRED
+              FOR EACH ROW EXECUTE FUNCTION dawdle()")
+        .await;
+    let reply = world.ask("smtp_config.update", "acme", json!({"port": 25})).await;
+    assert_eq!(reply["error"]["code"], "internal");
+    assert!(text(&reply["error"]["message"]).contains("not known whether the change was made"), "{reply}");
+    let begun = Instant::now();
+    while world.configs.get(&id("acme")).await.unwrap().config.unwrap().version != 2 {
+        assert!(begun.elapsed() < DEADLINE, "here it was made after all");
+    }
 }
 
 #[tokio::test]

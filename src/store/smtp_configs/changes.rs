@@ -1,8 +1,9 @@
 //! Creating, changing and deleting a configuration.
 //! Guarantee: a version is never given twice, not even across delete and create; a change and its audit row are one
-//! transaction.
+//! transaction, which is over at the time that the caller names.
 
 use secrecy::{ExposeSecret, SecretString};
+use tokio::time::Instant;
 
 use super::{ConfigRow, SmtpConfig, SmtpConfigs, shown_columns};
 use crate::model::address::EmailAddress;
@@ -68,10 +69,11 @@ impl SmtpConfigs {
         organization: &OrganizationId,
         new: &NewSmtpConfig,
         audit: AuditEntry<'_>,
+        by: Instant,
     ) -> Result<SmtpConfig, ChangeError> {
         let username = self.seal(organization, Field::Username, new.credentials.username());
         let password = self.seal(organization, Field::Password, new.credentials.password());
-        let prepared = change::prepare(async {
+        let prepared = change::prepare(by, async {
             let mut tx = Tx::begin(&self.store).await?;
             let done = create(&mut tx, organization, new, (username, password), audit).await;
             tx.keep(done).await
@@ -94,8 +96,9 @@ impl SmtpConfigs {
         patch: &SmtpConfigPatch,
         allow: impl FnOnce(&SmtpConfig) -> Result<(), R> + Send,
         audit: AuditEntry<'_>,
+        by: Instant,
     ) -> Result<SmtpConfig, ChangeError<R>> {
-        let prepared = change::prepare(async {
+        let prepared = change::prepare(by, async {
             let mut tx = Tx::begin(&self.store).await?;
             let done = self.update_in(&mut tx, organization, if_version, patch, allow, audit).await;
             tx.keep(done).await
@@ -113,8 +116,9 @@ impl SmtpConfigs {
         &self,
         organization: &OrganizationId,
         audit: AuditEntry<'_>,
+        by: Instant,
     ) -> Result<(), ChangeError> {
-        let prepared = change::prepare(async {
+        let prepared = change::prepare(by, async {
             let mut tx = Tx::begin(&self.store).await?;
             let done = delete(&mut tx, organization, audit).await;
             tx.keep(done).await

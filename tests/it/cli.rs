@@ -163,6 +163,15 @@ fn a_job_that_the_worker_would_refuse_is_not_published() {
 }
 
 #[test]
+fn the_readmes_job_is_one_that_can_be_sent() {
+    let readme = include_str!("../../README.md");
+    let job = readme.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let limits = sendoff::broker::wire::WireLimits { max_recipients: 100, max_message_bytes: 10_485_760 };
+    let job = sendoff::broker::wire::parse_job(job.as_bytes(), &limits).map_err(|refusal| refusal.detail);
+    assert_eq!(job.map(|job| job.kind), Ok("booking.confirmed".to_owned()));
+}
+
+#[test]
 fn a_password_is_never_an_argument() {
     let create =
         ["org", "smtp", "create", "42", "--host", "h.example.org", "--port", "587", "--username", "u"];

@@ -7,3 +7,4 @@ mod delivery;
 mod ledger;
 mod smtp_sessions;
 mod support;
+mod topology;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
+use sendoff::clock::Clock;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
@@ -29,7 +30,7 @@ async fn main() -> anyhow::Result<()> {
     let sink = arguments.next().context(usage)?;
     let connections = arguments.next().unwrap_or_else(|| "50".to_owned());
     let (host, port) = sink.rsplit_once(':').context(usage)?;
-    let prefix = format!("drain-{}", uuid::Uuid::now_v7().simple());
+    let prefix = format!("drain-{}", Clock::system().new_id().simple());
     let program = std::env::var("SENDOFF_BIN").context("SENDOFF_BIN names the program")?;
     let command = |arguments: &[&str]| {
         let mut command = Command::new(&program);
@@ -100,7 +101,7 @@ async fn publish(prefix: &str, jobs: usize) -> anyhow::Result<()> {
     let html = format!("<html><body><p>{}</p></body></html>", text.replace('\n', "<br>"));
     let mut confirms = std::collections::VecDeque::new();
     for _ in 0..jobs {
-        let id = uuid::Uuid::now_v7();
+        let id = Clock::system().new_id();
         let calendar = format!(
             "BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//Sendoff//EN\r\nMETHOD:REQUEST\r\nBEGIN:VEVENT\r\nUID:{id}\r\n\
              DTSTAMP:20261122T120000Z\r\nDTSTART:20261130T090000Z\r\nSUMMARY:Talk\r\nEND:VEVENT\r\nEND:VCALENDAR\r\n"

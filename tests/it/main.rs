@@ -5,5 +5,8 @@ mod cli;
 mod configs;
 mod delivery;
 mod ledger;
+mod losses;
+mod replies;
 mod smtp_sessions;
 mod support;
+mod tls;

@@ -1,7 +1,7 @@
 //! Every class of reply at every phase, and what becomes of the job.
 //! Guarantee: each case runs through the whole program; what is expected is told as the job's events in order.
 
-use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::State;
 use serde_json::{Value, json};
@@ -29,7 +29,7 @@ async fn check(cases: &[Case], closes: bool) {
         let server = world.with_rules(&organization, [Rule::new(*stage, action).once()]).await;
         (world.publish(&job(Some(&organization))).await, organization, server)
     });
-    let running = join_all(set_up).await;
+    let running: Vec<_> = stream::iter(set_up).buffered(3).collect().await;
     let mut letters = Letters::default();
     let mut wrong = Vec::new();
     for ((stage, reply, expected), (id, organization, server)) in cases.iter().zip(&running) {

@@ -279,6 +279,14 @@ pub fn job(organization: Option<&str>) -> Value {
     })
 }
 
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the worker's log:\n{}", self.log());
+        }
+    }
+}
+
 impl WorkerProcess {
     /// Starts the program and reads from its log where it serves HTTP.
     pub async fn start(mut command: Command) -> Self {

@@ -6,6 +6,7 @@ mod configs;
 mod delivery;
 mod ledger;
 mod losses;
+mod once;
 mod replies;
 mod smtp_sessions;
 mod support;

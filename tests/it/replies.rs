@@ -122,7 +122,8 @@ async fn limits_of_rate_slow_down_and_limits_of_the_day_wait_an_hour() {
     let world = World::new().await;
     let worker = world.worker().await;
     let throttling = Action::reply("454 Throttling failure: Maximum sending rate exceeded.");
-    let microsoft = Action::reply("451 4.7.0 Concurrent connections limit exceeded. Visit the documentation.");
+    let microsoft =
+        Action::reply("451 4.7.0 Concurrent connections limit exceeded. Visit the documentation.");
     let gmail = Action::reply("550 5.4.5 Daily user sending limit exceeded for a@b.c.");
     let ses = Action::reply("454 Throttling failure: Daily message quota exceeded.");
     let slow = [
@@ -199,8 +200,7 @@ async fn a_refused_recipient_is_reported_while_the_others_get_the_message_once()
     assert_eq!(world.event("email.dead", id).await["reason"], "recipients_refused");
     assert_eq!((world.event_count("email.dead", id), world.event_count("email.sent", id)), (1, 1));
 
-    let received: Vec<_> =
-        world.server.messages().into_iter().map(|message| message.recipients).collect();
+    let received: Vec<_> = world.server.messages().into_iter().map(|message| message.recipients).collect();
     let address = |name: &str| format!("{name}@customer.example");
     assert_eq!(received, [vec![address("ann"), address("dan")], vec![address("cem")]]);
     let asked = world.server.seen(|seen| seen.count("RCPT"));

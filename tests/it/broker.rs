@@ -131,10 +131,7 @@ async fn a_retried_job_carries_on_nothing_but_what_the_contract_names() {
     assert_eq!(handed.expect("handed over"), Settled::Done);
     let copy = test.take(&test.name("retry.notifications.3600")).await;
     assert_eq!(copy.body, b"body \x00\xff");
-    assert_eq!(
-        (copy.exchange.as_str(), copy.routing_key.clone()),
-        ("", test.name("retry.notifications.3600"))
-    );
+    assert_eq!((copy.exchange.as_str(), copy.routing_key.clone()), ("", test.name("retry.notifications.3600")));
     // The broker's own count of hand-outs is no part of what was published.
     let names: Vec<String> =
         copy.header_names().into_iter().filter(|name| name != "x-delivery-count").collect();

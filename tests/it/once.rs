@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sendoff::clock::Clock;
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::State;
 use serde_json::{Value, json};
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::Notify;
 
@@ -215,7 +215,7 @@ async fn an_expired_job_is_not_sent_neither_at_first_nor_at_its_retry() {
     world.organization("acme").await;
     world.server.rule(Rule::new(Stage::Mail, Action::reply("451 4.3.0 not now")));
     let until = |from_now| {
-        let at = OffsetDateTime::now_utc() + time::Duration::seconds(from_now);
+        let at = Clock::system().now() + time::Duration::seconds(from_now);
         let mut job = job(Some("acme"));
         job["expires_at"] = json!(at.format(&Rfc3339).expect("formattable"));
         job

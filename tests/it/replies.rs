@@ -2,6 +2,7 @@
 //! Guarantee: each case runs through the whole program; what is expected is told as the job's events in order.
 
 use futures_util::{StreamExt, stream};
+use sendoff::clock::Clock;
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::State;
 use serde_json::{Value, json};
@@ -136,7 +137,7 @@ async fn limits_of_rate_slow_down_and_limits_of_the_day_wait_an_hour() {
         world.with_rules("ses-quota", [Rule::new(Stage::FinalDot, ses).once()]).await,
     ];
     let slow_ids = [world.publish(&job(Some("ses"))).await, world.publish(&job(Some("microsoft"))).await];
-    let before = OffsetDateTime::now_utc();
+    let before = Clock::system().now();
     for organization in ["gmail", "gmail-rcpt", "ses-quota"] {
         let id = world.publish(&job(Some(organization))).await;
         let deferred = world.event("email.deferred", id).await;

@@ -99,8 +99,12 @@ impl TestBroker {
     async fn with_lanes(name: &str, lanes: Vec<Lane>, delays_s: &[u32]) -> Self {
         let prefix =
             format!("t{}.{name}", uuid::Uuid::from_u64_pair(std::process::id().into(), unique()).simple());
-        let settings =
-            BrokerSettings { access: access(), prefix: prefix.clone(), lanes, delays_s: delays_s.to_vec() };
+        let settings = BrokerSettings {
+            access: access(),
+            prefix: prefix.clone(),
+            lanes,
+            delays_s: delays_s.to_vec(),
+        };
         let connection =
             Connection::connect(&amqp_url(), ConnectionProperties::default()).await.expect("RabbitMQ");
         let channel = confirming(&connection).await;

@@ -3,6 +3,7 @@
 mod broker;
 mod cli;
 mod configs;
+mod crashes;
 mod delivery;
 mod ledger;
 mod support;

@@ -33,19 +33,6 @@ async fn unknown_outcomes(world: &World, id: Uuid) -> i64 {
     world.database.number(format!("SELECT unknowns::bigint FROM jobs WHERE id = '{id}'")).await
 }
 
-/// The proxy before a worker's broker, and the URL that leads through it.
-async fn before_the_broker() -> (Proxy, String) {
-    let url = amqp_url();
-    let authority = url.split_once("://").expect("a URL").1.split('/').next().expect("an authority");
-    let target = authority.rsplit('@').next().expect("a host");
-    let target = tokio::net::lookup_host(target).await.expect("a host").next().expect("an address");
-    let proxy = Proxy::start(target).await;
-    let through =
-        url.replacen(authority, &authority.replace(&target.to_string(), &proxy.address().to_string()), 1);
-    assert_ne!(through, url, "AMQP_URL names an address and a port");
-    (proxy, through)
-}
-
 #[tokio::test]
 async fn a_job_whose_worker_was_killed_before_data_is_sent_once_by_another() {
     let mut world = World::new().await;
@@ -107,7 +94,7 @@ async fn after_a_kill_behind_the_final_dot_one_job_is_sent_again_and_the_other_i
 #[tokio::test]
 async fn a_job_whose_worker_was_killed_before_its_acknowledgement_is_announced_and_not_sent_again() {
     let mut world = World::new().await;
-    let (proxy, through) = before_the_broker().await;
+    let (proxy, through) = Proxy::before(&amqp_url()).await;
     world.set("AMQP_URL", &through);
     let worker = world.worker().await;
     let go_on = Arc::new(Notify::new());

@@ -6,4 +6,5 @@ mod configs;
 mod crashes;
 mod delivery;
 mod ledger;
+mod stopping;
 mod support;

@@ -4,12 +4,14 @@
 mod broker;
 mod cli;
 mod configs;
+mod crashes;
 mod delivery;
 mod ledger;
 mod losses;
 mod once;
 mod replies;
 mod smtp_sessions;
+mod stopping;
 mod support;
 mod tls;
 mod topology;

@@ -1,5 +1,4 @@
 //! Black-box tests against real services, in one binary.
-#![allow(clippy::disallowed_methods, reason = "tests make identifiers of their own")]
 
 mod broker;
 mod cli;

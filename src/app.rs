@@ -190,7 +190,7 @@ impl Running {
         let cache = ConfigCache::new(self.configs.clone(), CONFIGS_CACHED);
         let broker = Arc::new(Broker::start(self.broker.clone(), Arc::new(dropped)));
         let mut beside = JoinSet::new();
-        beside.spawn(database.clone().run(self.store.clone(), self.shutdown.clone()));
+        beside.spawn(database.clone().run(self.store.clone(), incarnations.clone(), self.shutdown.clone()));
         beside.spawn(follow_configs(cache.clone(), self.store.clone(), self.shutdown.clone()));
         beside.spawn(show_state(
             self.readiness.clone(),

@@ -244,6 +244,10 @@ pub async fn send(
             continue;
         }
         todo = std::mem::take(&mut assessment.next_transaction);
+        if matches!(transaction.outcome, TransactionOutcome::Failed(_)) {
+            // Its failure decides the attempt: a further transaction's outcome would hide it, an unknown one too.
+            assessment.later.append(&mut todo);
+        }
         report.shut = shut;
         report.take(&transaction, assessment);
         progress.note(|so_far| {

@@ -5,13 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::shutdown::Shutdown;
-use crate::store::{Store, StoreError};
+use crate::store::{Incarnations, Store, StoreError};
 use crate::telemetry;
 
-/// Pause between looks while the database is away.
+/// First pause before a database that was lost is looked at again.
 const LOOK_WHILE_AWAY: Duration = Duration::from_millis(500);
+/// Longest such pause. Each return of the lanes hands out jobs that go back when the database is lost again, and the broker
+/// counts how often.
+const LONGEST_LOOK_WHILE_AWAY: Duration = Duration::from_secs(30);
+/// A database that stayed for so long is trusted again.
+const STEADY_AFTER: Duration = Duration::from_secs(30);
 /// Pause between looks while it is there: for `/readyz` of a worker without jobs.
 const LOOK_WHILE_UP: Duration = Duration::from_secs(5);
 
@@ -51,14 +57,14 @@ impl DatabaseWatch {
 
     fn set(&self, new: DatabaseState) {
         let up = new == DatabaseState::Up;
-        let changed = self.state.send_if_modified(|state| {
-            let changed = (*state == DatabaseState::Up) != up;
-            if changed {
-                *state = new.clone();
-            }
+        let mut turned = false;
+        self.state.send_if_modified(|state| {
+            let changed = *state != new;
+            turned = (*state == DatabaseState::Up) != up;
+            state.clone_from(&new);
             changed
         });
-        if !changed {
+        if !turned {
             return;
         }
         telemetry::database_up(up);
@@ -70,28 +76,71 @@ impl DatabaseWatch {
         }
     }
 
-    /// Asks the database now and then, more often while it is away, until the worker stops.
-    pub async fn run(self, store: Store, shutdown: Shutdown) {
+    /// Asks the database now and then, more often while it is away, until the worker stops. A worker without an
+    /// incarnation can claim nothing, so to it the database is as good as away.
+    pub async fn run(self, store: Store, incarnations: Incarnations, shutdown: Shutdown) {
         let mut state = self.subscribe();
+        let mut up_since = None;
+        let mut pause = LOOK_WHILE_AWAY;
         loop {
-            match store.ping().await {
-                Ok(()) => self.set(DatabaseState::Up),
-                Err(error) => self.set(DatabaseState::Away(error.to_string())),
+            self.set(match store.ping().await {
+                Ok(()) if incarnations.current().is_none() => {
+                    DatabaseState::Away("this worker has no lock on an incarnation".into())
+                }
+                Ok(()) => DatabaseState::Up,
+                Err(error) => DatabaseState::Away(error.to_string()),
+            });
+            if *state.borrow_and_update() == DatabaseState::Up {
+                up_since.get_or_insert_with(Instant::now);
+                tokio::select! {
+                    () = shutdown.stop_now() => return,
+                    () = tokio::time::sleep(LOOK_WHILE_UP) => continue,
+                    // A loss that a statement met shortens the pause.
+                    changed = state.changed() => if changed.is_err() { return },
+                }
             }
-            let up = *state.borrow_and_update() == DatabaseState::Up;
-            let pause = if up { LOOK_WHILE_UP } else { LOOK_WHILE_AWAY };
+            if let Some(since) = up_since.take() {
+                pause = pause_after_loss(pause, since.elapsed());
+            }
             tokio::select! {
                 () = shutdown.stop_now() => return,
                 () = tokio::time::sleep(pause) => {}
-                // A loss that a statement met shortens the pause.
-                changed = state.changed(), if up => if changed.is_err() { return },
             }
         }
     }
 }
 
+/// The pause before the next look at a database that was lost after it had been up for so long.
+fn pause_after_loss(last: Duration, up_for: Duration) -> Duration {
+    if up_for >= STEADY_AFTER { LOOK_WHILE_AWAY } else { (last * 2).min(LONGEST_LOOK_WHILE_AWAY) }
+}
+
 impl Default for DatabaseWatch {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_is_lost_again_and_again_is_asked_less_and_less_often() {
+        let moment = Duration::from_millis(20);
+        let pauses =
+            std::iter::successors(Some(LOOK_WHILE_AWAY), |pause| Some(pause_after_loss(*pause, moment)));
+        assert!(
+            pauses.take(100).sum::<Duration>() > Duration::from_secs(2400),
+            "a hundred losses are a lane's limit"
+        );
+        assert_eq!(pause_after_loss(LONGEST_LOOK_WHILE_AWAY, STEADY_AFTER), LOOK_WHILE_AWAY);
+    }
+
+    #[test]
+    fn the_reason_shown_is_the_last_one() {
+        let watch = DatabaseWatch::new();
+        watch.set(DatabaseState::Away("no lock".into()));
+        assert_eq!(*watch.subscribe().borrow(), DatabaseState::Away("no lock".into()));
     }
 }

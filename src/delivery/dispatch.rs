@@ -117,7 +117,9 @@ impl Drop for Permit {
         drop(state);
         // A waiter that has gone drops its permit here, outside the lock, which serves the next one.
         for (waiter, permit) in woken {
-            drop(waiter.send(permit));
+            if let Some(waiter) = waiter {
+                drop(waiter.send(permit));
+            }
         }
     }
 }
@@ -163,18 +165,23 @@ impl Dispatcher {
             match self.shared.start(&mut state, destination, now) {
                 Started::Granted(permit) => return Entered::Granted(permit),
                 Started::Open(pause) => return Entered::Aside(aside_for(pause)),
-                Started::Wait => {}
+                Started::NoSession | Started::NoShare if !state.starved.contains(destination) => {
+                    state.starved.push_back(destination.clone());
+                }
+                Started::NoSession | Started::NoShare | Started::Wait => {}
             }
         }
         let limit = self.shared.limits.line;
         let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
         let limit = if entry.window.is_stalled(now) { STALLED_LINE.min(limit) } else { limit };
-        if entry.waiting >= limit {
+        let before = entry.waiting;
+        if before >= limit && !entry.make_room(&key) {
             return Entered::Aside(entry.put_aside(now));
         }
         let (sender, receiver) = oneshot::channel();
         entry.push(key, sender);
-        state.waiting += 1;
+        let after = entry.waiting;
+        state.waiting += after - before;
         Entered::Waiting(receiver)
     }
 
@@ -193,8 +200,21 @@ enum Entered {
 
 enum Started {
     Granted(Permit),
+    /// The destination's own window is full.
     Wait,
+    /// The worker has no session left.
+    NoSession,
+    /// The stalled destinations have their share.
+    NoShare,
     Open(Duration),
+}
+
+enum Served {
+    One(Option<oneshot::Sender<Permit>>, Permit),
+    NoSession,
+    NoShare,
+    /// Nobody waits there, or only for the destination itself.
+    Done,
 }
 
 impl Shared {
@@ -205,13 +225,16 @@ impl Shared {
     /// Starts an attempt if the worker, the stalled destinations' share and the destination's window have room.
     fn start(self: &Arc<Self>, state: &mut State, destination: &Destination, now: Instant) -> Started {
         let Some(entry) = state.destinations.get_mut(destination) else { return Started::Wait };
+        if let Some(pause) = entry.window.open_for(now) {
+            return Started::Open(pause);
+        }
+        if state.in_flight >= self.limits.sessions {
+            return Started::NoSession;
+        }
         let stalled = entry.window.is_stalled(now);
         let stalled_share = (self.limits.sessions / 2).max(1);
-        if state.in_flight >= self.limits.sessions || (stalled && state.stalled_in_flight >= stalled_share) {
-            if !state.starved.contains(destination) {
-                state.starved.push_back(destination.clone());
-            }
-            return Started::Wait;
+        if stalled && state.stalled_in_flight >= stalled_share {
+            return Started::NoShare;
         }
         match entry.window.start(now) {
             Admission::Wait => return Started::Wait,
@@ -228,51 +251,64 @@ impl Shared {
         })
     }
 
-    /// Serves the lines that a returned permit may have made room for: the destination's own, then the starved ones.
+    /// Serves the lines that a returned permit may have made room for, the starved ones first: one of each destination's
+    /// waiters in turn, and whoever gets nothing keeps its place.
     fn grant(
         self: &Arc<Self>,
         state: &mut State,
         returned: &Destination,
         now: Instant,
-    ) -> Vec<(oneshot::Sender<Permit>, Permit)> {
+    ) -> Vec<(Option<oneshot::Sender<Permit>>, Permit)> {
         let mut woken = Vec::new();
-        let starved: Vec<Destination> = state.starved.drain(..).collect();
-        for destination in starved.iter().chain([returned]) {
-            self.serve(state, destination, now, &mut woken);
+        let mut passed_over = VecDeque::new();
+        let mut turns = std::mem::take(&mut state.starved);
+        if !turns.contains(returned) {
+            turns.push_back(returned.clone());
         }
+        while let Some(destination) = turns.pop_front() {
+            match self.serve_one(state, &destination, now) {
+                Served::One(waiter, permit) => {
+                    woken.push((waiter, permit));
+                    turns.push_back(destination);
+                }
+                Served::NoSession => {
+                    turns.push_front(destination);
+                    break;
+                }
+                Served::NoShare => passed_over.push_back(destination),
+                Served::Done => {}
+            }
+        }
+        passed_over.append(&mut turns);
+        state.starved = passed_over;
         woken
     }
 
-    fn serve(
-        self: &Arc<Self>,
-        state: &mut State,
-        destination: &Destination,
-        now: Instant,
-        woken: &mut Vec<(oneshot::Sender<Permit>, Permit)>,
-    ) {
-        loop {
-            let Some(entry) = state.destinations.get_mut(destination) else { return };
-            let gone = entry.drop_gone();
-            state.waiting -= gone;
-            if entry.waiting == 0 {
-                return;
+    fn serve_one(self: &Arc<Self>, state: &mut State, destination: &Destination, now: Instant) -> Served {
+        let Some(entry) = state.destinations.get_mut(destination) else { return Served::Done };
+        let gone = entry.drop_gone();
+        let nobody_waits = entry.waiting == 0;
+        state.waiting -= gone;
+        if nobody_waits {
+            return Served::Done;
+        }
+        let started = self.start(state, destination, now);
+        let Some(entry) = state.destinations.get_mut(destination) else { return Served::Done };
+        match started {
+            Started::Granted(permit) => {
+                let waiter = entry.pop();
+                state.waiting -= usize::from(waiter.is_some());
+                Served::One(waiter, permit)
             }
-            match self.start(state, destination, now) {
-                Started::Granted(permit) => {
-                    let waiter = state.destinations.get_mut(destination).and_then(Entry::pop);
-                    state.waiting -= 1;
-                    woken.extend(waiter.map(|waiter| (waiter, permit)));
-                }
-                Started::Wait => return,
-                // Their senders are dropped, which tells the waiters to put themselves aside.
-                Started::Open(_) => {
-                    if let Some(entry) = state.destinations.get_mut(destination) {
-                        state.waiting -= entry.waiting;
-                        entry.lines.clear();
-                        entry.waiting = 0;
-                    }
-                    return;
-                }
+            Started::Wait => Served::Done,
+            Started::NoSession => Served::NoSession,
+            Started::NoShare => Served::NoShare,
+            // Their senders are dropped, which tells the waiters to put themselves aside.
+            Started::Open(_) => {
+                state.waiting -= entry.waiting;
+                entry.lines.clear();
+                entry.waiting = 0;
+                Served::Done
             }
         }
     }
@@ -297,6 +333,21 @@ impl Entry {
             Some((_, line)) => line.push_back(waiter),
             None => self.lines.push_back((key, VecDeque::from([waiter]))),
         }
+    }
+
+    /// Sends the last waiter of the longest line away for the sake of a shorter one; whether there was one to send.
+    fn make_room(&mut self, key: &LineKey) -> bool {
+        let own = self.lines.iter().find(|(line, _)| line == key).map_or(0, |(_, line)| line.len());
+        let Some((_, longest)) = self.lines.iter_mut().max_by_key(|(_, line)| line.len()) else {
+            return false;
+        };
+        if longest.len() <= own + 1 {
+            return false;
+        }
+        // Its sender is dropped, which tells the waiter to put itself aside.
+        longest.pop_back();
+        self.waiting -= 1;
+        true
     }
 
     /// The next waiter, one from each line in turn.

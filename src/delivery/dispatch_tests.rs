@@ -93,6 +93,51 @@ async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free
     assert!(matches!(waiter.await, Admitted::Go(_)));
 }
 
+#[tokio::test]
+async fn destinations_that_wait_for_a_session_of_the_worker_take_turns() {
+    let dispatcher = dispatcher(1, 1, 10);
+    let held = go(&dispatcher, &organization("flood"), line("flood", "n")).await;
+    let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
+    let mut tasks = Vec::new();
+    for name in ["flood", "flood", "flood", "b", "c", "b"] {
+        let (dispatcher, served) = (dispatcher.clone(), served.clone());
+        let mut waiter = Box::pin(async move {
+            let permit = go(&dispatcher, &organization(name), line(name, "n")).await;
+            served.send(name).unwrap();
+            permit.finish(Outcome::Worked);
+        });
+        assert!(futures_util::poll!(&mut waiter).is_pending());
+        tasks.push(waiter);
+    }
+    held.finish(Outcome::Worked);
+    futures_util::future::join_all(tasks).await;
+    let order: Vec<_> = std::iter::from_fn(|| order.try_recv().ok()).collect();
+    assert_eq!(order, ["flood", "b", "c", "flood", "b", "flood"]);
+    assert_eq!(dispatcher.counts(), (0, 0));
+}
+
+#[tokio::test]
+async fn a_full_line_makes_room_for_who_has_less_in_it() {
+    let dispatcher = dispatcher(10, 1, 3);
+    let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
+    let wait = |name: &'static str, lane: &'static str| {
+        let dispatcher = dispatcher.clone();
+        Box::pin(async move { dispatcher.admit(&Destination::Platform, line(name, lane)).await })
+    };
+    let mut flood: Vec<_> = (0..3).map(|_| wait("flood", "n")).collect();
+    for waiter in &mut flood {
+        assert!(futures_util::poll!(waiter).is_pending());
+    }
+    let mut small = wait("small", "n");
+    assert!(futures_util::poll!(&mut small).is_pending(), "the other organization waits in line");
+    let last = flood.pop().unwrap();
+    assert!(matches!(last.await, Admitted::PutAside(_)), "the last of the flood went for it");
+    assert!(matches!(wait("flood", "n").await, Admitted::PutAside(_)), "a flood makes no room for itself");
+    assert_eq!(dispatcher.counts(), (3, 1));
+    held.finish(Outcome::Worked);
+    drop((flood, small));
+}
+
 #[tokio::test(start_paused = true)]
 async fn nobody_waits_longer_than_a_minute() {
     let dispatcher = dispatcher(1, 1, 10);

@@ -42,6 +42,11 @@ impl<'a> InHand<'a> {
         self.delivery.received()
     }
 
+    /// Whether the broker still waits for its end. A lost delivery comes again by itself.
+    pub fn is_open(&self) -> bool {
+        self.delivery.is_open()
+    }
+
     /// Its lane.
     pub fn lane(&self) -> &'a ServedLane {
         self.lane

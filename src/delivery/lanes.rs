@@ -17,8 +17,8 @@ pub async fn serve(worker: Arc<Worker>, lane: ServedLane, mut deliveries: Delive
     let lane = Arc::new(lane);
     let mut tasks = JoinSet::new();
     loop {
+        // Unbiased: under a steady load the ended tasks would otherwise stay in memory.
         tokio::select! {
-            biased;
             delivery = deliveries.next() => match delivery {
                 Some(delivery) => {
                     let (worker, lane) = (worker.clone(), lane.clone());

@@ -13,6 +13,7 @@ use crate::model::failure::{Reason, Reply};
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, HandOver, Settle, SettleAnswer, Settlement, State};
 use crate::model::policy::RetryLimits;
+use crate::model::schedule::ASIDE_S;
 use crate::model::smtp_settings::Destination;
 use crate::shutdown::Shutdown;
 use crate::store::{Ledger, Store, StoreError};
@@ -25,6 +26,9 @@ use super::in_hand::InHand;
 
 /// Pause between two tries of something that is owed.
 const OWED_PAUSE: Duration = Duration::from_millis(500);
+
+/// For what may be tried again very soon.
+const SHORTEST_ASIDE_S: u32 = ASIDE_S[0];
 
 /// Header of a dead letter that is for some recipients only: their positions in the job, comma-separated.
 const RECIPIENTS: &str = "sendoff-recipients";
@@ -111,15 +115,32 @@ impl Desk {
     /// Back to the lane by way of an aside queue, with the same turn: nothing was attempted.
     pub async fn put_aside(&self, delivery: InHand<'_>, delay_s: u32) {
         let headers = delivery.headers(self.clock.now());
-        match self.owe("aside", || self.retry_copy(&delivery, delay_s, headers)).await {
+        match self.owe("aside", || self.aside_copy(&delivery, delay_s, headers)).await {
             Ok(()) => delivery.finish(Outcome::Requeued).await,
             Err(Stopped) => delivery.hand_back().await,
         }
     }
 
-    /// Back to the lane at once: this worker cannot work now.
+    /// Back to the lane at once: this worker stops.
     pub async fn hand_back(&self, delivery: InHand<'_>) {
         delivery.hand_back().await;
+    }
+
+    /// Back to the lane: this worker cannot work now. The first time at once; after that by way of an aside queue, for the
+    /// broker counts what comes back at once towards the lane's delivery limit, which is there for jobs that kill workers.
+    pub async fn back_later(&self, delivery: InHand<'_>) {
+        if delivery.received().redelivered && !self.shutdown.is_draining() {
+            self.put_aside(delivery, SHORTEST_ASIDE_S).await;
+        } else {
+            delivery.hand_back().await;
+        }
+    }
+
+    /// The ledger would not even look at the job, for as long as a job may live.
+    pub async fn refused_to_the_end(&self, delivery: InHand<'_>, job: &Job) {
+        let detail = "the database refused to look at the job";
+        let event = Event::of_job(self.clock.now(), job, What::Dead { reason: Reason::RetriesExhausted });
+        self.bury(delivery, Reason::RetriesExhausted, detail, event).await;
     }
 
     /// Does a recorded hand-over once more: its recorder may have died before it.
@@ -178,10 +199,11 @@ impl Desk {
     ) {
         let untouched = report.accepted.is_empty() && report.refused.is_empty();
         match report.shut {
-            Some(Shut::NotOwner) if untouched => return self.hand_back(delivery).await,
-            Some(Shut::Halted) if untouched => {
+            // Also where the claim seems to be another's: a release that finds it so changes nothing, and one that does not
+            // would leave the job held for as long as this worker lives.
+            Some(Shut::NotOwner | Shut::Halted) if untouched => {
                 self.release(job, &claimed).await;
-                return self.hand_back(delivery).await;
+                return self.back_later(delivery).await;
             }
             _ => {}
         }
@@ -285,6 +307,16 @@ impl Desk {
         letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
         let reason = conclusion.refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
         self.bury_letter(&letter, &delivery.lane().name, reason, &conclusion.detail, headers).await
+    }
+
+    /// None of a delivery that was lost meanwhile: it comes again by itself.
+    async fn aside_copy(
+        &self,
+        delivery: &InHand<'_>,
+        delay_s: u32,
+        headers: JobHeaders,
+    ) -> Result<(), PublishError> {
+        if delivery.is_open() { self.retry_copy(delivery, delay_s, headers).await } else { Ok(()) }
     }
 
     async fn retry_copy(

@@ -31,7 +31,7 @@ use super::in_hand::{InHand, ServedLane};
 use super::route::{NoServer, Route, route};
 use super::settle::Desk;
 
-/// A job whose configuration changes at every look is handed back after so many.
+/// A job whose configuration changes at every look is put aside after so many.
 const ROUTE_LOOKS: usize = 3;
 /// Wait of a copy that another worker is busy with, in seconds: the shortest aside delay.
 const HELD_WAIT_S: u32 = 5;
@@ -136,7 +136,11 @@ impl Worker {
         match error {
             StoreError::Unavailable(_) => {
                 self.database.lost(error);
-                self.desk.hand_back(delivery).await;
+                self.desk.back_later(delivery).await;
+            }
+            StoreError::Internal(_) if self.is_overdue(&delivery) => {
+                tracing::error!(job = %job.key, %error, "the database refused to look at a job to the end");
+                self.desk.refused_to_the_end(delivery, job).await;
             }
             // Handing it back would bring it again at once, for ever.
             StoreError::Internal(_) => {
@@ -150,18 +154,14 @@ impl Worker {
     async fn take_up(&self, delivery: &InHand<'_>, job: &Job) -> Result<TakeUp, StoreError> {
         for _ in 0..ROUTE_LOOKS {
             let routed = self.route(job).await?;
-            if let Err(NoServer::KeyMissing(id)) = &routed {
-                self.keys_missing.note(id);
-                return Ok(TakeUp::Aside(REFUSED_WAIT_S));
-            }
             let now = self.clock.now();
-            let overdue = delivery
-                .received()
-                .first_at
-                .is_some_and(|first_at| first_at + self.limits.retry.max_age < now);
+            let in_time = !self.is_overdue(delivery) && !job.is_expired(now);
             let permit = match &routed {
-                Ok(route) if !overdue && !job.is_expired(now) => match self.admit(delivery, job, route).await
-                {
+                Err(NoServer::KeyMissing(id)) if in_time => {
+                    self.keys_missing.note(id);
+                    return Ok(TakeUp::Aside(REFUSED_WAIT_S));
+                }
+                Ok(route) if in_time => match self.admit(delivery, job, route).await {
                     Some(Admitted::Go(permit)) => Some(permit),
                     Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
                     None => return Ok(TakeUp::HandBack),
@@ -175,26 +175,35 @@ impl Worker {
             if let Some((reason, detail)) = self.reason_to_give_up(job, &claimed) {
                 return Ok(TakeUp::GiveUp(claimed, reason, detail));
             }
-            let (route, permit) = match (routed, permit) {
-                (Ok(route), Some(permit)) => (route, permit),
-                (Err(NoServer::Dead(reason)), _) if self.is_current(job, &claimed, None).await? => {
-                    return Ok(TakeUp::GiveUp(claimed, reason, missing_server(reason)));
-                }
-                (Ok(_), None) => {
-                    let detail = format!("not sent within {} s", self.limits.retry.max_age.as_secs());
-                    return Ok(TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail));
-                }
-                (Err(_), _) => {
+            let looked = match self.is_current(job, &claimed, routed.as_ref().ok()).await {
+                Ok(current) => current,
+                Err(error) => {
+                    // Its claim would otherwise be held for as long as this worker lives.
                     self.desk.release(job, &claimed).await;
-                    continue;
+                    return Err(error);
                 }
             };
-            if self.is_current(job, &claimed, Some(&route)).await? {
-                return Ok(TakeUp::Work(claimed, route, permit));
+            if !looked {
+                self.desk.release(job, &claimed).await;
+                continue;
             }
-            self.desk.release(job, &claimed).await;
+            return Ok(match (routed, permit) {
+                (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit),
+                (Err(NoServer::Dead(reason)), _) => TakeUp::GiveUp(claimed, reason, missing_server(reason)),
+                // Only a job past its age comes as far as this without a permit.
+                (Ok(_), None) | (Err(NoServer::KeyMissing(_)), _) => {
+                    let detail = format!("not sent within {} s", self.limits.retry.max_age.as_secs());
+                    TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail)
+                }
+            });
         }
-        Ok(TakeUp::HandBack)
+        Ok(TakeUp::Aside(HELD_WAIT_S))
+    }
+
+    /// Whether the job has been on its way for so long that it is not put aside any more.
+    fn is_overdue(&self, delivery: &InHand<'_>) -> bool {
+        let first_at = delivery.received().first_at;
+        first_at.is_some_and(|first_at| first_at + self.limits.retry.max_age < self.clock.now())
     }
 
     async fn route(&self, job: &Job) -> Result<Result<Route, NoServer>, StoreError> {

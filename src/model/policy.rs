@@ -155,7 +155,8 @@ pub fn decide_orphan(claimed: &Claimed, on_unknown: OnUnknown) -> OrphanDisposit
         return OrphanDisposition::Continue { unknowns: claimed.unknowns };
     };
     let marked = marks_commit(on_unknown, claimed.unknowns);
-    if marked && orphan.committing {
+    // Who wrote the mark had to: the unknown outcome before it, a dead worker's, may never have been recorded.
+    if orphan.committing {
         return OrphanDisposition::Dead(Reason::UnknownOutcome);
     }
     if claimed.crashes >= CRASH_LIMIT {
@@ -394,7 +395,8 @@ pub fn decide(
             dead(Reason::UnknownOutcome)
         }
         Verdict::Unknown => match retry(Reason::UnknownOutcome, None, progress, limits, now) {
-            Disposition::Dead { reason: Reason::RetriesExhausted, .. } => dead(Reason::UnknownOutcome),
+            // Nobody may say of it that nothing was sent.
+            Disposition::Dead { .. } => dead(Reason::UnknownOutcome),
             disposition => disposition,
         },
     }

@@ -343,6 +343,11 @@ fn a_dead_workers_claim_is_unknown_unless_its_mark_says_otherwise() {
         Continue { unknowns: 1 },
         "died before its final dot"
     );
+    assert_eq!(
+        decided(2, 0, true, OnUnknown::Resend),
+        Dead(Reason::UnknownOutcome),
+        "the worker that marked it had counted its predecessor's unknown outcome, and died before recording it"
+    );
     assert_eq!(decided(3, 1, false, OnUnknown::Resend), Dead(Reason::CrashLoop));
     assert_eq!(decided(1, 0, true, OnUnknown::Hold), Dead(Reason::UnknownOutcome));
     assert_eq!(decided(1, 0, false, OnUnknown::Hold), Continue { unknowns: 0 });

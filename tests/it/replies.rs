@@ -220,6 +220,32 @@ async fn a_refused_recipient_is_reported_while_the_others_get_the_message_once()
 }
 
 #[tokio::test]
+async fn a_recipient_that_is_never_taken_is_reported_when_its_retries_end() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let busy = Rule::new(Stage::Rcpt, Action::reply("450 4.2.1 busy"));
+    world.server.rule(busy.of("bob@customer.example"));
+    let id = world.publish(&job_to("acme", &["ann", "bob"])).await;
+    let sent = world.event("email.sent", id).await;
+    let expected = json!([{"index": 1, "code": 450, "reason": "retries_exhausted"}]);
+    assert_eq!(sent["recipients_refused"], expected);
+    assert_eq!(world.event("email.dead", id).await["reason"], "retries_exhausted");
+    assert_eq!((world.event_count("email.deferred", id), world.event_count("email.dead", id)), (2, 1));
+    let messages = world.server.messages();
+    assert_eq!(
+        (messages.len(), messages[0].recipients.as_slice()),
+        (1, &["ann@customer.example".to_owned()][..])
+    );
+    let letter = Letters::default().of(&world, id).await;
+    assert_eq!(letter.text("sendoff-recipients").as_deref(), Some("1"));
+    assert_eq!(letter.text("sendoff-reason").as_deref(), Some("retries_exhausted"));
+    assert_eq!(world.state(Some("acme"), id, State::Sent).await.attempts, 3);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn recipients_beyond_a_servers_limit_get_further_transactions_of_the_same_attempt() {
     let world = World::with(|behaviour| behaviour.max_recipients = Some(2)).await;
     let worker = world.worker().await;

@@ -9,6 +9,7 @@ mod ledger;
 mod losses;
 mod once;
 mod replies;
+mod rules;
 mod smtp_sessions;
 mod stopping;
 mod support;

@@ -13,8 +13,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::jobs::{self, Consuming, Intent};
 use super::link::{self, LinkReceiver, Live};
+use super::names::Names;
 use super::publisher::Publisher;
-use super::topology::Names;
 
 /// Commands handled at once. A test email can take a minute, and the next admin should not wait for it.
 const CONCURRENCY: u16 = 16;

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::headers::{self, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
-use super::topology::{self, Names};
+use super::names::Names;
+use super::topology;
 use crate::model::event::Event;
 use crate::model::failure::Reason;
 use crate::model::text;

@@ -8,6 +8,7 @@ mod delivery;
 mod ledger;
 mod losses;
 mod once;
+mod outages;
 mod replies;
 mod smtp_sessions;
 mod stopping;

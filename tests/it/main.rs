@@ -5,6 +5,7 @@ mod cli;
 mod configs;
 mod crashes;
 mod delivery;
+mod hostile;
 mod ledger;
 mod losses;
 mod once;

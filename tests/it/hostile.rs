@@ -173,11 +173,7 @@ fn unusable_bodies() -> Vec<(Vec<u8>, &'static str, &'static str)> {
         malformed(json!({"group": "booking-1", "sequence": -1}), "sequence"),
         malformed(json!({"on_unknown": "maybe"}), "on_unknown"),
         (with(json!({"text": "long ".repeat(10_000)})), "too_large", "the message has"),
-        (
-            with(json!({"attachments": [attachment(&"QUFB".repeat(10_000))]})),
-            "too_large",
-            "the message has",
-        ),
+        (with(json!({"attachments": [attachment(&"QUFB".repeat(10_000))]})), "too_large", "the message has"),
     ]
 }
 

@@ -3,6 +3,7 @@
 mod broker;
 mod cli;
 mod configs;
+mod core;
 mod delivery;
 mod ledger;
 mod smtp_sessions;

@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use sendoff::clock::Clock;
 use serde_json::{Value, json};
 use smtp_server::{Received, SmtpServer, Tls};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -64,7 +65,7 @@ impl Demo {
         let directory = tempfile::tempdir()?;
         let authority = certs::Authority::new("Acme's certification authority");
         std::fs::write(directory.path().join("authority.pem"), authority.pem())?;
-        let id = uuid::Uuid::now_v7().simple().to_string();
+        let id = Clock::system().new_id().simple().to_string();
         let password = format!("secret-{}", &id[20..]);
         std::fs::write(directory.path().join("password"), &password)?;
         let certificate = authority.issue(&["localhost"]).server_config();
@@ -164,7 +165,7 @@ impl Demo {
     }
 
     fn job(&self) -> anyhow::Result<Value> {
-        let id = uuid::Uuid::now_v7();
+        let id = Clock::system().new_id();
         Ok(json!({
             "version": 1,
             "id": id,

@@ -28,7 +28,8 @@ use crate::smtp::TlsRoots;
 use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
 use crate::smtp::{Pool, PoolLimits};
 use crate::store::{
-    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, Ledger, SchemaState, SmtpConfigs, Store, Sweeper,
+    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, LaneBinding, Ledger, SchemaState, SmtpConfigs,
+    Store, StoreError, Sweeper,
 };
 use crate::telemetry::{self, ConnectionState, Metrics};
 
@@ -65,7 +66,7 @@ pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Resu
     let running = Running::build(&settings, store.clone(), &readiness, &shutdown)?;
     let ready = tokio::select! {
         () = shutdown.stop_taking() => false,
-        () = schema_ready(&store, settings.database.migrate_on_start, &readiness) => true,
+        () = database_ready(&store, &settings, &readiness) => true,
     };
     if ready {
         running.run(&settings, metrics).await?;
@@ -79,10 +80,10 @@ pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Resu
 }
 
 /// Waits for the database and for a schema that is this program's, however long it takes.
-async fn schema_ready(store: &Store, migrate: bool, readiness: &Readiness) {
+async fn database_ready(store: &Store, settings: &Settings, readiness: &Readiness) {
     let mut said = String::new();
     loop {
-        let problem = match look_at_schema(store, migrate).await {
+        let problem = match prepare_database(store, settings).await {
             Ok(None) => break,
             Ok(Some(problem)) => problem,
             Err(error) => error.to_string(),
@@ -97,21 +98,27 @@ async fn schema_ready(store: &Store, migrate: bool, readiness: &Readiness) {
     readiness.up(Part::Schema);
 }
 
-async fn look_at_schema(store: &Store, migrate: bool) -> Result<Option<String>, crate::store::StoreError> {
-    Ok(match store.schema_state().await? {
-        SchemaState::Current => None,
-        SchemaState::Behind(missing) if migrate => {
+/// What still stands in the way, if the database could be asked.
+async fn prepare_database(store: &Store, settings: &Settings) -> Result<Option<String>, StoreError> {
+    match store.schema_state().await? {
+        SchemaState::Current => {}
+        SchemaState::Behind(missing) if settings.database.migrate_on_start => {
             tracing::info!(missing, "migrating the database");
             store.migrate().await?;
-            None
         }
         SchemaState::Behind(missing) => {
-            Some(format!("{missing} migrations are missing: run `sendoff migrate`"))
+            return Ok(Some(format!("{missing} migrations are missing: run `sendoff migrate`")));
         }
         SchemaState::Ahead => {
-            Some("the schema is of a newer version of sendoff: upgrade this worker".to_owned())
+            return Ok(Some("the schema is of a newer version of sendoff: upgrade this worker".to_owned()));
         }
-    })
+    }
+    // So that `sendoff topology declare` knows what to unbind when a lane is taken out of the settings.
+    let bindings = parts::topology(settings).lane_bindings();
+    let bindings: Vec<_> =
+        bindings.into_iter().map(|(lane, binding)| LaneBinding { lane, binding }).collect();
+    store.add_lane_bindings(&settings.amqp.prefix, &bindings).await?;
+    Ok(None)
 }
 
 /// The parts of a running worker.

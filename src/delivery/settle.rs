@@ -294,7 +294,7 @@ impl Desk {
             }
             Settlement::Dead { reason, detail } => {
                 let headers = next(claimed.turn.next());
-                self.bury_copy(&delivery, *reason, detail, headers).await?;
+                self.bury_copy(delivery, *reason, detail, headers).await?;
                 announce(death(*reason)).await?;
                 Ok(Outcome::Dead)
             }

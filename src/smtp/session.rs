@@ -3,14 +3,16 @@
 //! whether the final dot may have left. A session is usable again only after a transaction came to a clean end.
 
 use std::fmt::Write as _;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use lettre::transport::smtp::client::AsyncSmtpConnection;
 use lettre::transport::smtp::commands::Quit;
 use lettre::transport::smtp::response::Response;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::connect::{Observer, Offers};
 use super::reply::{RawReply, protocol};
@@ -477,13 +479,17 @@ pub(super) async fn drive(
     work: impl Future<Output = Result<Response, lettre::transport::smtp::Error>>,
 ) -> Result<RawReply, Fault> {
     let mut work = std::pin::pin!(work);
-    loop {
+    let mut limit = std::pin::pin!(sleep_until(channel.lock().deadline(deadlines)));
+    poll_fn(|cx| {
+        if work.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(channel.lock().take_outcome());
+        }
+        // The work just done may have moved the deadline, either way.
         let deadline = channel.lock().deadline(deadlines);
-        if timeout_at(deadline, work.as_mut()).await.is_ok() {
-            return channel.lock().take_outcome();
+        if deadline != limit.deadline() {
+            limit.as_mut().reset(deadline);
         }
-        if channel.lock().deadline(deadlines) <= deadline {
-            return Err(Fault::Timeout);
-        }
-    }
+        limit.as_mut().poll(cx).map(|()| Err(Fault::Timeout))
+    })
+    .await
 }

@@ -1,7 +1,7 @@
 //! Which bindings the topology was last declared with, so that one taken out of the settings can be unbound.
 //! Guarantee: what is read is one whole declaration, never a mixture of two.
 
-use sqlx::Acquire;
+use sqlx::{Acquire, PgConnection};
 
 use super::{Store, StoreError};
 
@@ -33,7 +33,15 @@ impl Store {
         Ok(rows.into_iter().map(|(lane, binding)| LaneBinding { lane, binding }).collect())
     }
 
-    /// Remembers what the topology under this prefix is declared with now.
+    /// Remembers bindings beside those remembered before: a worker declares and takes nothing away.
+    ///
+    /// # Errors
+    /// When the database did not answer; then nothing has changed.
+    pub async fn add_lane_bindings(&self, prefix: &str, bindings: &[LaneBinding]) -> Result<(), StoreError> {
+        self.on_session(async |session| insert(session, prefix, bindings).await).await
+    }
+
+    /// Remembers what the topology under this prefix is declared with now, and nothing else.
     ///
     /// # Errors
     /// When the database did not answer; then nothing has changed.
@@ -42,8 +50,6 @@ impl Store {
         prefix: &str,
         bindings: &[LaneBinding],
     ) -> Result<(), StoreError> {
-        let lanes: Vec<&str> = bindings.iter().map(|binding| binding.lane.as_str()).collect();
-        let patterns: Vec<&str> = bindings.iter().map(|binding| binding.binding.as_str()).collect();
         self.on_session(async |session| {
             let mut transaction = session.begin().await?;
             // Two declarations at once would each delete what they saw and keep the other's rows.
@@ -52,18 +58,29 @@ impl Store {
                 .bind(prefix)
                 .execute(&mut *transaction)
                 .await?;
-            sqlx::query(
-                "INSERT INTO lane_bindings (prefix, lane, binding) \
-                 SELECT $1, lane, binding FROM unnest($2::text[], $3::text[]) AS b (lane, binding) \
-                 ON CONFLICT DO NOTHING",
-            )
-            .bind(prefix)
-            .bind(lanes)
-            .bind(patterns)
-            .execute(&mut *transaction)
-            .await?;
+            insert(&mut transaction, prefix, bindings).await?;
             transaction.commit().await
         })
         .await
     }
+}
+
+async fn insert(
+    session: &mut PgConnection,
+    prefix: &str,
+    bindings: &[LaneBinding],
+) -> Result<(), sqlx::Error> {
+    let lanes: Vec<&str> = bindings.iter().map(|binding| binding.lane.as_str()).collect();
+    let patterns: Vec<&str> = bindings.iter().map(|binding| binding.binding.as_str()).collect();
+    sqlx::query(
+        "INSERT INTO lane_bindings (prefix, lane, binding) \
+         SELECT $1, lane, binding FROM unnest($2::text[], $3::text[]) AS b (lane, binding) \
+         ON CONFLICT DO NOTHING",
+    )
+    .bind(prefix)
+    .bind(lanes)
+    .bind(patterns)
+    .execute(session)
+    .await?;
+    Ok(())
 }

@@ -6,4 +6,5 @@ pub mod database;
 pub mod dns;
 pub mod proxy;
 pub mod smtp_server;
+pub mod story;
 pub mod world;

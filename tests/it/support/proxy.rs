@@ -52,6 +52,16 @@ impl Proxy {
         Self { address, mode, cuts, accepted }
     }
 
+    /// A proxy before the server that a URL names by address and port, and the URL that leads through it.
+    pub async fn before(url: &str) -> (Self, String) {
+        let authority = url.split_once("://").and_then(|(_, rest)| rest.split('/').next()).expect("a URL");
+        let host = authority.rsplit('@').next().expect("an authority has a host");
+        let target = tokio::net::lookup_host(host).await.expect("a host and a port").next();
+        let proxy = Self::start(target.expect("the host has an address")).await;
+        let through = authority.replace(host, &proxy.address().to_string());
+        (proxy, url.replacen(authority, &through, 1))
+    }
+
     /// Where to connect to.
     pub fn address(&self) -> SocketAddr {
         self.address

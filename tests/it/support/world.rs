@@ -11,6 +11,7 @@ use std::time::Duration;
 use lapin::BasicProperties;
 use secrecy::ExposeSecret;
 use sendoff::broker::{Access, AmqpUrl};
+use sendoff::clock::Clock;
 use sendoff::model::job::JobKey;
 use sendoff::model::ledger::{JobStatus, State};
 use sendoff::model::organization::OrganizationId;
@@ -273,10 +274,18 @@ impl World {
 /// A job that every version of the tests can send.
 pub fn job(organization: Option<&str>) -> Value {
     json!({
-        "version": 1, "id": Uuid::now_v7(), "organization_id": organization, "kind": "booking.confirmed",
+        "version": 1, "id": Clock::system().new_id(), "organization_id": organization, "kind": "booking.confirmed",
         "to": ["Ann Lee <ann@customer.example>"], "subject": "Your booking is confirmed",
         "text": "See you on Monday.",
     })
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the worker's log:\n{}", self.log());
+        }
+    }
 }
 
 impl WorkerProcess {

@@ -1,0 +1,218 @@
+//! Connections that are lost, silent, slow or too loud, before and after the final dot.
+//! Guarantee: before the dot the job is sent once all the same; after it, never more often than its publisher allows.
+
+use std::time::{Duration, Instant};
+
+use futures_util::{StreamExt, stream};
+use sendoff::model::failure::Reason;
+use sendoff::model::ledger::State;
+use serde_json::{Value, json};
+
+use crate::support::broker::eventually;
+use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
+use crate::support::story::Letters;
+use crate::support::world::{SOON, World, job};
+
+/// More than the buffers between two programs hold: its sender cannot run ahead of a server that does not read.
+const LARGE_BYTES: usize = 8 << 20;
+
+/// A job of which nothing may be unknown.
+fn careful_job(organization: &str) -> Value {
+    let mut job = job(Some(organization));
+    job["on_unknown"] = json!("hold");
+    job
+}
+
+/// The same with so much text.
+fn large_job(organization: &str) -> Value {
+    let mut job = careful_job(organization);
+    job["text"] = json!("All work and no play makes Jack a dull boy.\n".repeat(LARGE_BYTES / 44));
+    job
+}
+
+/// Runs jobs side by side, each on an organization with a server that misbehaves once in the given way, and expects
+/// that each is sent once, at the second attempt, after that reason.
+async fn check_retried(cases: Vec<(&str, Rule, &str)>) {
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__DATA_TIMEOUT_S", "2");
+    let worker = world.worker().await;
+    let set_up = cases.iter().map(async |(name, rule, _)| {
+        let server = world.with_rules(name, [rule.clone().once()]).await;
+        let job = if name.starts_with("large") { large_job(name) } else { careful_job(name) };
+        (world.publish(&job).await, server)
+    });
+    let running: Vec<_> = stream::iter(set_up).buffered(3).collect().await;
+    let mut wrong = Vec::new();
+    for ((name, _, reason), (id, server)) in cases.iter().zip(&running) {
+        let (story, expected) = (world.story(*id).await, format!("deferred {reason}, sent"));
+        if story != expected {
+            wrong.push(format!("{name}: {story}, not {expected}"));
+            continue;
+        }
+        assert_eq!(server.messages().len(), 1, "{name}");
+        let row = world.state(Some(name), *id, State::Sent).await;
+        assert_eq!((row.attempts, row.history.len()), (2, 2), "{name}");
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_job_whose_server_goes_away_before_the_final_dot_is_sent_once_later() {
+    let gone = |stage| Rule::new(stage, Action::Close);
+    check_retried(vec![
+        ("banner", gone(Stage::Banner), "connection_lost"),
+        ("ehlo", gone(Stage::Ehlo), "connection_lost"),
+        ("starttls", gone(Stage::Starttls), "connection_lost"),
+        ("auth", gone(Stage::Auth), "connection_lost"),
+        ("mail", gone(Stage::Mail), "connection_lost"),
+        ("rcpt", gone(Stage::Rcpt), "connection_lost"),
+        ("data", gone(Stage::Data), "connection_lost"),
+        ("large", Rule::new(Stage::Body, Action::CloseAfterBytes(1000)), "connection_lost"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_whose_server_says_nothing_is_given_up_in_time_and_sent_once_later() {
+    let silent = |stage| Rule::new(stage, Action::Silence);
+    check_retried(vec![
+        ("banner", silent(Stage::Banner), "timeout"),
+        ("ehlo", silent(Stage::Ehlo), "timeout"),
+        ("auth", silent(Stage::Auth), "timeout"),
+        ("mail", silent(Stage::Mail), "timeout"),
+        ("rcpt", silent(Stage::Rcpt), "timeout"),
+        ("data", silent(Stage::Data), "timeout"),
+        ("large", silent(Stage::Body), "timeout"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_reply_that_drips_or_never_ends_is_cut_off_and_the_job_is_sent_once_later() {
+    let dripping = |reply: &[u8]| Action::Drip(reply.to_vec(), Duration::from_millis(400));
+    check_retried(vec![
+        ("dripping-banner", Rule::new(Stage::Banner, dripping(b"220 mail.test ESMTP")), "timeout"),
+        ("dripping-mail", Rule::new(Stage::Mail, dripping(b"250 2.1.0 sender ok")), "timeout"),
+        ("huge-banner", Rule::new(Stage::Banner, Action::HugeLine(64 << 20)), "protocol_error"),
+        ("huge-ehlo", Rule::new(Stage::Ehlo, Action::HugeLine(64 << 20)), "protocol_error"),
+        ("huge-mail", Rule::new(Stage::Mail, Action::HugeLine(64 << 20)), "protocol_error"),
+        ("endless-ehlo", Rule::new(Stage::Ehlo, Action::EndlessReply), "protocol_error"),
+        ("endless-rcpt", Rule::new(Stage::Rcpt, Action::EndlessReply), "protocol_error"),
+    ])
+    .await;
+}
+
+/// How often the server has taken that message.
+fn copies(server: &SmtpServer, id: uuid::Uuid) -> usize {
+    server.messages().iter().filter(|message| message.text().contains(&id.to_string())).count()
+}
+
+#[tokio::test]
+async fn an_unknown_outcome_is_sent_again_once_or_held_as_the_publisher_wishes() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__FINAL_REPLY_TIMEOUT_S", "2");
+    let worker = world.worker().await;
+    let taken = || Rule::new(Stage::FinalDot, Action::AcceptThenClose);
+    let lost = || Rule::new(Stage::FinalDot, Action::Close);
+    let silent = || Rule::new(Stage::FinalDot, Action::Silence);
+    let cases = [
+        ("once", "resend", taken().once(), "deferred unknown_outcome, sent", 2),
+        ("not-taken", "resend", lost().once(), "deferred unknown_outcome, sent", 1),
+        ("silent", "resend", silent().once(), "deferred unknown_outcome, sent", 1),
+        ("twice", "resend", taken().times(2), "deferred unknown_outcome, dead unknown_outcome", 2),
+        ("hold", "hold", taken(), "dead unknown_outcome", 1),
+        ("hold-silent", "hold", silent(), "dead unknown_outcome", 0),
+    ];
+    let set_up = cases.iter().map(async |(name, on_unknown, rule, ..)| {
+        let server = world.with_rules(name, [rule.clone()]).await;
+        let mut job = job(Some(name));
+        job["on_unknown"] = json!(on_unknown);
+        (world.publish(&job).await, server)
+    });
+    let running: Vec<_> = stream::iter(set_up).buffered(3).collect().await;
+    let mut letters = Letters::default();
+    for ((name, _, _, story, times), (id, server)) in cases.iter().zip(&running) {
+        assert_eq!(world.story(*id).await, *story, "{name}");
+        assert_eq!(copies(server, *id), *times, "{name}");
+        let dead = story.ends_with("dead unknown_outcome");
+        if dead {
+            let letter = letters.of(&world, *id).await;
+            assert_eq!(letter.text("sendoff-reason").as_deref(), Some("unknown_outcome"), "{name}");
+        }
+        let state = if dead { State::Dead } else { State::Sent };
+        let row = world.state(Some(name), *id, state).await;
+        assert_eq!(row.reason, dead.then_some(Reason::UnknownOutcome), "{name}");
+    }
+    assert_eq!(letters.left(&world).await, 0);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_final_reply_that_takes_longer_than_any_other_may_is_still_a_success() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "1");
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    world.server.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_secs(3))));
+    let published = Instant::now();
+    let id = world.publish(&job(Some("acme"))).await;
+    assert_eq!(world.story(id).await, "sent");
+    assert!(published.elapsed() >= Duration::from_secs(3));
+    assert_eq!(world.server.messages().len(), 1);
+    assert_eq!(world.state(Some("acme"), id, State::Sent).await.attempts, 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_the_server_has_closed_meanwhile_costs_no_attempt() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let second_mail = |action| Rule::new(Stage::Mail, action).nth(2);
+    let servers = [
+        ("closes", world.with_server("closes", |server| server.closes_after_messages = Some(1)).await),
+        ("says-421", world.with_server("says-421", |server| server.messages_per_session = Some(1)).await),
+        ("lost-at-mail", world.with_rules("lost-at-mail", [second_mail(Action::Close)]).await),
+        ("hangs-up", world.with_server("hangs-up", |_| {}).await),
+    ];
+    for (name, server) in &servers {
+        let first = world.publish(&job(Some(name))).await;
+        assert_eq!(world.story(first).await, "sent", "{name}");
+        if *name == "hangs-up" {
+            server.hang_up("421 4.4.2 idle for too long\r\n");
+            let closed = server.wait_for(SOON, |seen| seen.open_sessions() == 0).await;
+            closed.expect("the session is closed");
+        }
+        let second = world.publish(&job(Some(name))).await;
+        assert_eq!(world.story(second).await, "sent", "{name}");
+        let row = world.state(Some(name), second, State::Sent).await;
+        assert_eq!((row.attempts, server.connections(), copies(server, second)), (1, 2, 1), "{name}");
+    }
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_server_that_nobody_answers_at_is_tried_again_and_found_when_it_is_back() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let vacant = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = vacant.local_addr().expect("bound");
+    drop(vacant);
+    world.organization_at("acme", json!({"port": address.port()})).await;
+    let id = world.publish(&job(Some("acme"))).await;
+    let deferred = world.event("email.deferred", id).await;
+    assert_eq!(deferred["reason"], "connect_failed");
+    let certificate = world.authority.issue(&["localhost"]).server_config();
+    let server = SmtpServer::start_at(address, |behaviour| {
+        behaviour.tls = crate::support::smtp_server::Tls::Starttls(certificate);
+    })
+    .await;
+    eventually("the job arrives", async || !server.messages().is_empty()).await;
+    world.state(Some("acme"), id, State::Sent).await;
+    worker.stop().await;
+    world.end().await;
+}

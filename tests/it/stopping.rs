@@ -1,0 +1,141 @@
+//! Stopping a worker: in two stages, under load, with an attempt that hangs, and before it could start.
+//! Guarantee: it always ends in time, with code 0, and what it gave back is sent once by the next.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use secrecy::ExposeSecret;
+use sendoff::model::ledger::State;
+
+use crate::support::broker::amqp_url;
+use crate::support::smtp_server::{Action, Rule, Stage};
+use crate::support::world::{SOON, World, job};
+
+/// Longer than a stop at once takes on a busy machine, much shorter than the default drain timeout.
+const AT_ONCE: Duration = Duration::from_secs(15);
+
+#[tokio::test]
+async fn a_stop_under_load_loses_nothing_and_sends_nothing_twice() {
+    const JOBS: usize = 240;
+    let world = World::with(|server| {
+        server.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_millis(100))))
+    })
+    .await;
+    world.platform.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_millis(100))));
+    let worker = world.worker().await;
+    let organizations = [Some("acme"), Some("beta"), Some("gamma"), None];
+    for organization in organizations.into_iter().flatten() {
+        world.organization(organization).await;
+    }
+    let mut ids = Vec::new();
+    for index in 0..JOBS {
+        let organization = organizations[index % organizations.len()];
+        ids.push((organization, world.publish(&job(organization)).await));
+    }
+    world.server.wait_for(SOON, |seen| seen.message_count >= 20).await.expect("the load has begun");
+
+    worker.signal("TERM").await;
+    let (code, log) = worker.ended().await;
+    assert_eq!(code, 0, "{log}");
+    let dots = || world.server.seen(|seen| seen.final_dots) + world.platform.seen(|seen| seen.final_dots);
+    assert!(dots() < JOBS, "the stop came under load");
+    assert_eq!(world.database.number("SELECT count(*) FROM jobs WHERE state = 'claimed'").await, 0);
+    assert_eq!(
+        world.database.number("SELECT count(*) FROM jobs WHERE state = 'sent'").await,
+        i64::try_from(dots()).expect("a small number")
+    );
+
+    let next = world.worker().await;
+    for (organization, id) in &ids {
+        world.state(*organization, *id, State::Sent).await;
+    }
+    next.stop().await;
+    let messages = [world.server.messages(), world.platform.messages()].concat();
+    let texts: HashSet<String> = messages.iter().map(|message| message_id(&message.text())).collect();
+    assert_eq!((messages.len(), texts.len(), dots()), (JOBS, JOBS, JOBS));
+    world.broker.wait_count(&world.broker.name("jobs.notifications"), 0).await;
+    world.end().await;
+}
+
+fn message_id(text: &str) -> String {
+    let line = text.lines().find(|line| line.to_ascii_lowercase().starts_with("message-id:"));
+    line.expect("every message has a Message-ID").to_owned()
+}
+
+#[tokio::test]
+async fn an_attempt_that_outlasts_the_drain_timeout_is_given_up_and_its_job_sent_once_later() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "120");
+    let worker = world.worker_starting(&["--drain-timeout", "1s"]).await;
+    worker.ready().await;
+    world.platform.rule(Rule::new(Stage::Mail, Action::Silence));
+    let id = world.publish(&job(None)).await;
+    world.platform.wait_for(SOON, |seen| seen.count("MAIL") == 1).await.expect("an attempt");
+
+    let asked = Instant::now();
+    worker.signal("TERM").await;
+    let (code, log) = worker.ended().await;
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("the drain timeout has passed"), "{log}");
+    assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
+
+    world.platform.change(|behaviour| behaviour.clear_rules());
+    let next = world.worker().await;
+    world.event("email.sent", id).await;
+    world.state(None, id, State::Sent).await;
+    next.stop().await;
+    assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (1, 1));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_second_signal_stops_at_once_and_only_a_final_dot_under_way_is_repeated() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "120");
+    let worker = world.worker_starting(&["--drain-timeout", "120s"]).await;
+    worker.ready().await;
+    world.organization("acme").await;
+    world.server.rule(Rule::new(Stage::Ehlo, Action::Silence));
+    world.platform.rule(Rule::new(Stage::FinalDot, Action::Silence));
+    let opening = world.publish(&job(Some("acme"))).await;
+    let committed = world.publish(&job(None)).await;
+    world.server.wait_for(SOON, |seen| seen.count("EHLO") == 1).await.expect("a session");
+    world.platform.wait_for(SOON, |seen| seen.final_dots == 1).await.expect("a final dot");
+
+    worker.signal("INT").await;
+    worker.logs("draining").await;
+    let asked = Instant::now();
+    worker.signal("TERM").await;
+    let (code, log) = worker.ended().await;
+    assert_eq!(code, 0, "{log}");
+    assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
+
+    for server in [&world.server, &world.platform] {
+        server.change(|behaviour| behaviour.clear_rules());
+    }
+    let next = world.worker().await;
+    world.event("email.sent", opening).await;
+    world.event("email.sent", committed).await;
+    next.stop().await;
+    assert_eq!(world.server.seen(|seen| seen.final_dots), 1);
+    assert_eq!(world.platform.seen(|seen| seen.final_dots), 2);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_waits_for_its_services_stops_when_asked() {
+    let mut world = World::new().await;
+    let broker = amqp_url();
+    let database = world.database.url().expose_secret().to_owned();
+    let (no_broker, no_database) =
+        ("amqp://guest:guest@127.0.0.1:1/%2f", "postgres://nobody@127.0.0.1:1/none");
+    for (broker, database) in [(no_broker, no_database), (no_broker, &database), (&broker, no_database)] {
+        world.set("AMQP_URL", broker);
+        world.set("DATABASE_URL", database);
+        let worker = world.worker_starting(&[]).await;
+        assert_eq!(worker.get("/livez").await.0, 200);
+        assert_eq!(worker.get("/readyz").await.0, 503);
+        worker.stop().await;
+    }
+    world.end().await;
+}

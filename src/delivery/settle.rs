@@ -8,7 +8,7 @@ use crate::broker::wire::Refusal;
 use crate::broker::{DeadLetter, PublishError, Publisher};
 use crate::broker::{JobHeaders, Received, Scalar};
 use crate::clock::Clock;
-use crate::model::event::{Event, JobFacts, What};
+use crate::model::event::{Event, JobFacts, RefusedRecipient, What};
 use crate::model::failure::{Reason, Reply};
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, HandOver, Settle, SettleAnswer, Settlement, State};
@@ -90,16 +90,23 @@ impl Desk {
     /// A copy of something that is done or in better hands.
     pub async fn duplicate(&self, delivery: InHand<'_>, job: &Job) {
         // The worker that had it may have died between its record and its announcement.
-        if delivery.received().redelivered && self.announce_again(job).await.is_err() {
+        if delivery.received().redelivered && self.announce_again(&delivery, job).await.is_err() {
             return delivery.hand_back().await;
         }
         delivery.finish(Outcome::Duplicate).await;
     }
 
-    async fn announce_again(&self, job: &Job) -> Result<(), Stopped> {
+    /// Says again what the recorder of a sent job may not have said any more.
+    async fn announce_again(&self, delivery: &InHand<'_>, job: &Job) -> Result<(), Stopped> {
         let Ok(Some(status)) = self.store.job_status(&job.key).await else { return Ok(()) };
         if status.state != State::Sent {
             return Ok(());
+        }
+        let headers = JobHeaders { attempt: status.attempts, first_at: status.first_at, turn: status.turn };
+        if let Some(first) = status.refused.first() {
+            let detail = format!("recipient {} was refused with {}", first.index, first.code);
+            self.bury_refused(delivery, &status.refused, &detail, headers).await?;
+            self.announce(&Event::of_job(self.clock.now(), job, death(first.reason))).await?;
         }
         let transport = status.history.last().map(|attempt| attempt.transport.as_str());
         let transport = if transport == Some("platform") || job.key.organization.is_none() {
@@ -269,7 +276,8 @@ impl Desk {
         match &conclusion.settlement {
             Settlement::Sent => {
                 if let Some(first) = conclusion.refused.first() {
-                    self.bury_refused(delivery, conclusion, next(claimed.turn)).await?;
+                    self.bury_refused(delivery, &conclusion.refused, &conclusion.detail, next(claimed.turn))
+                        .await?;
                     announce(death(first.reason)).await?;
                 }
                 let recipients_refused = conclusion.refused.clone();
@@ -298,15 +306,15 @@ impl Desk {
     async fn bury_refused(
         &self,
         delivery: &InHand<'_>,
-        conclusion: &Conclusion,
+        refused: &[RefusedRecipient],
+        detail: &str,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let positions: Vec<String> =
-            conclusion.refused.iter().map(|refused| refused.index.to_string()).collect();
+        let positions: Vec<String> = refused.iter().map(|refused| refused.index.to_string()).collect();
         let mut letter = delivery.received().clone();
         letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
-        let reason = conclusion.refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
-        self.bury_letter(&letter, &delivery.lane().name, reason, &conclusion.detail, headers).await
+        let reason = refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
+        self.bury_letter(&letter, &delivery.lane().name, reason, detail, headers).await
     }
 
     /// None of a delivery that was lost meanwhile: it comes again by itself.

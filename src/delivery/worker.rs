@@ -40,6 +40,12 @@ const LOCK_OUTLIVES: Duration = Duration::from_secs(30);
 /// Wait of a job that the database refused to look at, in seconds.
 const REFUSED_WAIT_S: u32 = 30;
 
+/// A job of so many bytes is read and composed where it holds nobody up: the locks and heartbeats of the worker share its
+/// threads.
+const HEAVY_BYTES: usize = 256 << 10;
+/// What is said of a panic.
+const OWN_FAULT: &str = "the worker had a fault of its own";
+
 /// The settings that a delivery's way depends on.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -112,7 +118,8 @@ impl Worker {
     /// Brings one delivery to its end.
     pub async fn handle(&self, delivery: Delivery, lane: &ServedLane) {
         let delivery = InHand::new(delivery, lane);
-        let job = match wire::parse_job(&delivery.received().body, &self.limits.wire) {
+        let body = &delivery.received().body;
+        let job = match heavily(body.len(), || wire::parse_job(body, &self.limits.wire)) {
             Ok(job) => job,
             Err(refusal) => return self.desk.refuse(delivery, refusal).await,
         };
@@ -294,7 +301,14 @@ impl Worker {
         job.is_expired(self.clock.now()).then(|| (Reason::Expired, expired(job)))
     }
 
-    async fn work(&self, delivery: InHand<'_>, job: Job, mut claimed: Claimed, route: Route, permit: Permit) {
+    async fn work(
+        &self,
+        delivery: InHand<'_>,
+        mut job: Job,
+        mut claimed: Claimed,
+        route: Route,
+        permit: Permit,
+    ) {
         if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
             claimed.unknowns = unknowns;
         }
@@ -302,8 +316,15 @@ impl Worker {
             claimed.message_id = message_id(&job, route.account.from.email.domain());
         }
         let max_bytes = self.limits.wire.max_message_bytes;
-        let composed =
-            compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        let composing =
+            || compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        let bytes = delivery.received().body.len();
+        let composed = std::panic::catch_unwind(AssertUnwindSafe(|| heavily(bytes, composing)));
+        let Ok(composed) = composed else {
+            drop(permit);
+            let report = Progress::new(recipients(&job, &claimed)).cut(Reason::Internal, OWN_FAULT);
+            return self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
+        };
         let message = match composed {
             Ok(message) => message,
             Err(error) => {
@@ -311,6 +332,8 @@ impl Worker {
                 return self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, error.to_string()).await;
             }
         };
+        // They are in the message now, and an attempt can take minutes.
+        job.attachments.clear();
         let report = self.attempt(&job, &claimed, &route, &message).await;
         drop(message);
         permit.finish(report.outcome());
@@ -326,7 +349,7 @@ impl Worker {
         let (reason, detail, stopped) = tokio::select! {
             report = AssertUnwindSafe(sending).catch_unwind() => match report {
                 Ok(report) => return report,
-                Err(_) => (Reason::Internal, "the worker had a fault of its own", false),
+                Err(_) => (Reason::Internal, OWN_FAULT, false),
             },
             () = tokio::time::sleep(self.limits.attempt_timeout) => {
                 (Reason::Timeout, "the attempt took too long as a whole", false)
@@ -378,6 +401,11 @@ impl Gatekeeper for Gatekeeping<'_> {
             }
         }
     }
+}
+
+/// Does work that takes its time with so many bytes.
+fn heavily<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
+    if bytes < HEAVY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 
 /// RFC 5322 section 3.6.4: the job's id at the domain of its first attempt's From.

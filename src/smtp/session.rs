@@ -225,6 +225,8 @@ impl Session {
     ) -> Transaction {
         let before = std::mem::replace(&mut self.state, State::Unusable);
         let reused = self.transactions > 0;
+        // The last message's dot is not this one's, and the gate is awaited before the next command.
+        self.channel.lock().end_body();
         let mut answers = Answers::default();
         let outcome = match before {
             State::Unusable => Err(Stop::broken(Phase::Mail, Fault::Lost)),

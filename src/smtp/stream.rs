@@ -161,6 +161,11 @@ impl Channel {
         self.is_dying = !self.inbox.is_empty();
     }
 
+    /// The message that was under way has had its answer, or never will.
+    pub fn end_body(&mut self) {
+        self.body = Body::Off;
+    }
+
     /// Whether a byte of the final dot may have left.
     pub fn dotted(&self) -> bool {
         self.body == Body::Dotted

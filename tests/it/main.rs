@@ -3,6 +3,7 @@
 mod broker;
 mod cli;
 mod configs;
+mod core;
 mod crashes;
 mod delivery;
 mod documents;

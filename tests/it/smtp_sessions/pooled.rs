@@ -150,6 +150,19 @@ async fn a_loss_in_answer_to_rset_is_told_as_such() {
 }
 
 #[tokio::test]
+async fn the_final_dot_of_the_last_message_is_not_the_next_ones() {
+    let rig = Rig::new(LIMITS, |_| {}).await;
+    let mut session = rig.session().await;
+    assert_accepted(&rig.send(&mut session).await);
+    let dot = session.final_dot();
+    let envelope = envelope(1);
+    let gate = std::future::pending();
+    let mut waiting = Box::pin(session.send(&envelope, b"Subject: two\r\n\r\n", gate));
+    assert!(futures_util::poll!(&mut waiting).is_pending());
+    assert!(!dot.may_have_left(), "nothing of the second message has left");
+}
+
+#[tokio::test]
 async fn a_send_that_is_dropped_under_way_never_gives_its_session_back() {
     let held = Arc::new(Notify::new());
     let rig = Rig::new(LIMITS, |b| {

@@ -1,0 +1,133 @@
+//! The core under trouble of its own: claims that could be left behind, deliveries that could go round and round.
+
+use std::time::Duration;
+
+use lapin::options::{BasicGetOptions, BasicNackOptions};
+use sendoff::model::ledger::State;
+use serde_json::json;
+
+use crate::support::broker::eventually;
+use crate::support::smtp_server::{Action, Rule, Stage};
+use crate::support::world::{World, job};
+
+#[tokio::test]
+async fn a_claim_is_given_back_when_the_configuration_cannot_be_read_after_it() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let first = world.publish(&job(Some("acme"))).await;
+    world.event("email.sent", first).await;
+
+    // A change that no notification tells of is seen by the claim alone, and what it asks for next cannot be read.
+    world.database.run("ALTER TABLE smtp_configs DISABLE TRIGGER USER").await;
+    world.database.run("UPDATE smtp_configs SET version = version + 1").await;
+    world.database.run("ALTER TABLE smtp_configs RENAME COLUMN host TO hidden").await;
+    let second = world.publish(&job(Some("acme"))).await;
+    worker.logs("the database refused to look at a job").await;
+    world.state(Some("acme"), second, State::Deferred).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_gets_no_incarnation_takes_no_job_from_its_lane() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.database.run("ALTER SEQUENCE worker_incarnations RENAME TO hidden").await;
+    world.database.terminate("sendoff incarnation").await;
+    worker.logs("lost the incarnation's lock").await;
+
+    let jobs: Vec<_> = (0..5).map(|_| job(None)).collect();
+    for job in &jobs {
+        world.publish(job).await;
+    }
+    eventually("the worker says that it is not ready", async || worker.get("/readyz").await.0 == 503).await;
+    // The worker's own attempts to get on, of which a lane that went on meanwhile would have seen many rounds.
+    eventually("some attempts", async || worker.log().matches("no incarnation yet").count() > 4).await;
+    let returned = r#"sendoff_jobs_settled_total{lane="notifications",outcome="requeued"}"#;
+    let returned = worker.metric(returned).await;
+    assert!(returned <= 10.0, "{returned} returns of 5 jobs: {}", worker.log());
+
+    world.database.run("ALTER SEQUENCE hidden RENAME TO worker_incarnations").await;
+    let sent = world.platform.wait_for_messages(5, Duration::from_secs(40)).await;
+    assert_eq!(sent.expect("all are sent").len(), 5);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_unknown_outcome_is_not_hidden_by_a_further_transaction() {
+    let world = World::with(|b| {
+        b.rule(Rule::new(Stage::Rcpt, Action::reply("452 4.5.3 too many recipients")).nth(2).once());
+        b.rule(Rule::new(Stage::FinalDot, Action::AcceptThenClose).once());
+        b.rule(Rule::new(Stage::Mail, Action::reply("451 4.3.0 later")).when(|at| at.session > 0).once());
+    })
+    .await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let mut job = job(Some("acme"));
+    job["to"] = json!(["ann@customer.example", "bob@customer.example"]);
+    job["on_unknown"] = json!("hold");
+    let id = world.publish(&job).await;
+    assert_eq!(world.event("email.dead", id).await["reason"], "unknown_outcome");
+    assert_eq!(world.received(1).await.len(), 1);
+    world.state(Some("acme"), id, State::Dead).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_a_worker_died_before_saying_of_refused_recipients_is_said_by_the_next_one() {
+    let world = World::new().await;
+    world.platform.rule(Rule::new(Stage::Rcpt, Action::reply("550 5.1.1 no such user")).nth(2));
+    let worker = world.worker().await;
+    let mut job = job(None);
+    job["to"] = json!(["ann@customer.example", "bob@customer.example"]);
+    let id = world.publish(&job).await;
+    world.event("email.sent", id).await;
+    assert_eq!(world.dead_letter().await.1, "recipients_refused");
+    worker.stop().await;
+
+    // As after a death between record and hand-over: the broker brings the delivery a second time.
+    world.publish(&job).await;
+    let channel = world.broker.channel().await;
+    let lane = world.broker.name("jobs.notifications");
+    eventually("the delivery is returned", async || {
+        let got =
+            channel.basic_get(lane.as_str().into(), BasicGetOptions::default()).await.expect("answered");
+        let Some(got) = got else { return false };
+        let returned = got.delivery.acker.nack(BasicNackOptions { requeue: true, multiple: false }).await;
+        returned.expect("returned")
+    })
+    .await;
+    let worker = world.worker().await;
+    let (_, reason, detail) = world.dead_letter().await;
+    assert_eq!(
+        (reason.as_str(), detail.as_str()),
+        ("recipients_refused", "recipient 1 was refused with 550")
+    );
+    eventually("both events again", async || {
+        world.event_count("email.sent", id) == 2 && world.event_count("email.dead", id) == 2
+    })
+    .await;
+    assert_eq!(world.platform.messages().len(), 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_job_past_its_time_dies_even_where_the_worker_lacks_the_key() {
+    let mut world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    worker.stop().await;
+    world.set("SENDOFF__ENCRYPTION__KEYS", "k2:OTg3NjU0MzIxMGZlZGNiYTk4NzY1NDMyMTBmZWRjYmE=");
+    let worker = world.worker_starting(&[]).await;
+    let mut job = job(Some("acme"));
+    job["expires_at"] = json!("2020-01-01T00:00:00Z");
+    let id = world.publish(&job).await;
+    world.event("email.expired", id).await;
+    assert_eq!(world.dead_letter().await.1, "expired");
+    worker.stop().await;
+    world.end().await;
+}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::broker::Broker;
@@ -16,11 +17,12 @@ use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
 use crate::delivery::settle::Desk;
-use crate::delivery::worker::{KeysMissing, Limits, Worker};
+use crate::delivery::worker::{Limits, Worker};
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
+use crate::secrets::KeyRing;
 use crate::settings::{CustomSmtp, Settings};
 use crate::shutdown::Shutdown;
 use crate::smtp::Deadlines;
@@ -39,6 +41,8 @@ const DATABASE_CONNECTIONS: u32 = 16;
 const CONFIGS_CACHED: usize = 20_000;
 /// Pause between two looks at a schema that is not this program's.
 const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
+/// Pause between two looks at the stored configurations while a key is missing.
+const KEY_PAUSE: Duration = Duration::from_secs(10);
 /// How often gauges are set.
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
 /// How often a slice of the ledger is looked through for what may be forgotten.
@@ -130,6 +134,8 @@ struct Running {
     pool: Pool,
     dispatcher: Dispatcher,
     configs: SmtpConfigs,
+    keys: Arc<KeyRing>,
+    key_missing: Arc<Notify>,
     egress: Arc<crate::egress::Egress>,
     broker: crate::broker::BrokerSettings,
 }
@@ -168,8 +174,11 @@ impl Running {
             per_organization: smtp.max_connections_per_organization as usize,
             platform: settings.platform.as_ref().map_or(1, |platform| platform.max_connections as usize),
         };
+        let keys = parts::key_ring(settings)?;
         Ok(Self {
-            configs: SmtpConfigs::new(store.clone(), parts::key_ring(settings)?),
+            configs: SmtpConfigs::new(store.clone(), keys.clone()),
+            keys,
+            key_missing: Arc::default(),
             store,
             readiness: readiness.clone(),
             shutdown: shutdown.clone(),
@@ -195,6 +204,13 @@ impl Running {
             self.readiness.clone(),
             database.clone(),
             broker.state(),
+            self.shutdown.clone(),
+        ));
+        beside.spawn(watch_keys(
+            self.store.clone(),
+            self.keys.clone(),
+            self.readiness.clone(),
+            self.key_missing.clone(),
             self.shutdown.clone(),
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
@@ -239,7 +255,6 @@ impl Running {
     ) -> Worker {
         let retry =
             RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
-        let readiness = self.readiness.clone();
         Worker {
             desk: Desk {
                 ledger: ledger.clone(),
@@ -256,12 +271,7 @@ impl Running {
             dispatcher: self.dispatcher.clone(),
             pool: self.pool.clone(),
             database,
-            keys_missing: KeysMissing(Box::new(move |id| {
-                readiness.down(
-                    Part::Keys,
-                    format!("a configuration is sealed under the key `{id}`, which encryption.keys lacks"),
-                );
-            })),
+            key_missing: self.key_missing.clone(),
             platform: settings.platform.as_ref().map(|platform| Arc::new(platform.account.clone())),
             limits: Limits {
                 wire: WireLimits {
@@ -345,6 +355,42 @@ async fn follow_configs(cache: ConfigCache, store: Store, shutdown: Shutdown) {
     }
 }
 
+/// Keeps the readiness of the key ring true: looks at the start, when the worker has come upon a key that it lacks, and
+/// while one is missing, for the configurations may be sealed anew meanwhile.
+async fn watch_keys(
+    store: Store,
+    keys: Arc<KeyRing>,
+    readiness: Readiness,
+    missing: Arc<Notify>,
+    shutdown: Shutdown,
+) {
+    loop {
+        let whole = match store.try_sealed(&keys).await {
+            Ok(report) if report.missing_keys.is_empty() => {
+                readiness.up(Part::Keys);
+                true
+            }
+            Ok(report) => {
+                let ids: Vec<&str> = report.missing_keys.iter().map(String::as_str).collect();
+                let problem = format!(
+                    "encryption.keys lacks {}, which configurations are sealed under",
+                    ids.join(", ")
+                );
+                tracing::error!(%problem, "not ready");
+                readiness.down(Part::Keys, problem);
+                false
+            }
+            // The database's own part tells of it.
+            Err(_) => false,
+        };
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = missing.notified(), if whole => {}
+            () = tokio::time::sleep(KEY_PAUSE), if !whole => {}
+        }
+    }
+}
+
 /// Keeps `/readyz` and the two gauges true.
 async fn show_state(
     readiness: Readiness,
@@ -353,7 +399,6 @@ async fn show_state(
     shutdown: Shutdown,
 ) {
     let mut database = database.subscribe();
-    readiness.up(Part::Keys);
     loop {
         match &*database.borrow_and_update() {
             DatabaseState::Up => readiness.up(Part::Database),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tokio::sync::Notify;
 
 use crate::broker::Delivery;
 use crate::broker::wire::{self, WireLimits};
@@ -75,8 +76,8 @@ pub struct Worker {
     pub desk: Desk,
     /// Whether the database can be asked.
     pub database: DatabaseWatch,
-    /// Whether this worker has come upon a key that it lacks.
-    pub keys_missing: KeysMissing,
+    /// Told when a configuration is sealed under a key that the ring lacks: the worker is then not ready.
+    pub key_missing: Arc<Notify>,
     /// The platform's own server.
     pub platform: Option<Arc<SmtpAccount>>,
     /// Settings.
@@ -85,15 +86,6 @@ pub struct Worker {
     pub clock: Clock,
     /// When to stop.
     pub shutdown: Shutdown,
-}
-
-/// Told of each key id that a configuration is sealed under and the ring lacks: the worker is then not ready.
-pub struct KeysMissing(pub Box<dyn Fn(&str) + Send + Sync>);
-
-impl KeysMissing {
-    fn note(&self, id: &str) {
-        (self.0)(id);
-    }
 }
 
 /// What is to be done with a delivery.
@@ -164,8 +156,8 @@ impl Worker {
             let now = self.clock.now();
             let in_time = !self.is_overdue(delivery) && !job.is_expired(now);
             let permit = match &routed {
-                Err(NoServer::KeyMissing(id)) if in_time => {
-                    self.keys_missing.note(id);
+                Err(NoServer::KeyMissing(_)) if in_time => {
+                    self.key_missing.notify_one();
                     return Ok(TakeUp::Aside(REFUSED_WAIT_S));
                 }
                 Ok(route) if in_time => match self.admit(delivery, job, route).await {

@@ -85,17 +85,18 @@ pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Resu
 
 /// Waits for the database and for a schema that is this program's, however long it takes.
 async fn database_ready(store: &Store, settings: &Settings, readiness: &Readiness) {
-    let mut said = String::new();
+    let mut said = None;
     loop {
-        let problem = match prepare_database(store, settings).await {
+        // An outage is one problem, in however many ways it shows.
+        let (problem, of_schema) = match prepare_database(store, settings).await {
             Ok(None) => break,
-            Ok(Some(problem)) => problem,
-            Err(error) => error.to_string(),
+            Ok(Some(problem)) => (problem.clone(), Some(problem)),
+            Err(error) => (error.to_string(), None),
         };
-        if problem != said {
+        readiness.down(Part::Schema, problem.clone());
+        if said.as_ref() != Some(&of_schema) {
             tracing::warn!(%problem, "waiting for the database");
-            readiness.down(Part::Schema, problem.clone());
-            said = problem;
+            said = Some(of_schema);
         }
         tokio::time::sleep(SCHEMA_PAUSE).await;
     }

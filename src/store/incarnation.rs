@@ -238,6 +238,7 @@ async fn keep(shared: Arc<Shared>, mut stopping: watch::Receiver<bool>, ending: 
 
 /// A session and its lock, however long it takes.
 async fn take(store: &Store) -> Result<(PgConnection, i32), StoreError> {
+    let mut said = false;
     let pauses = ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(Duration::from_secs(2))
@@ -249,7 +250,11 @@ async fn take(store: &Store) -> Result<(PgConnection, i32), StoreError> {
             .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))
     })
     .retry(pauses)
-    .notify(|error, pause| tracing::warn!(%error, pause_s = pause.as_secs_f32(), "no incarnation yet"))
+    .notify(|error, _| {
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!(%error, "no incarnation yet; trying on");
+        }
+    })
     .await
 }
 

@@ -246,6 +246,8 @@ impl From<sqlx::Error> for StoreError {
                 | sqlx::Error::PoolClosed
                 | sqlx::Error::WorkerCrashed
                 | sqlx::Error::Tls(_)
+                // Something accepted the connection and ended it, say a proxy without a server behind it.
+                | sqlx::Error::Protocol(_)
         );
         let away = error.as_database_error().and_then(|e| e.code()).is_some_and(|code| is_away(&code));
         if lost || away { Self::Unavailable(error.to_string()) } else { Self::Internal(error.to_string()) }
@@ -276,7 +278,12 @@ mod tests {
     #[test]
     fn a_loss_of_the_connection_is_unavailable_and_a_wrong_url_keeps_its_password() {
         let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
-        for error in [sqlx::Error::Io(reset), sqlx::Error::PoolTimedOut, sqlx::Error::WorkerCrashed] {
+        for error in [
+            sqlx::Error::Io(reset),
+            sqlx::Error::PoolTimedOut,
+            sqlx::Error::WorkerCrashed,
+            sqlx::Error::Protocol(String::new()),
+        ] {
             assert!(matches!(StoreError::from(error), StoreError::Unavailable(_)));
         }
         assert!(matches!(StoreError::from(sqlx::Error::RowNotFound), StoreError::Internal(_)));

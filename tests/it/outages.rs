@@ -240,7 +240,12 @@ async fn a_worker_started_before_its_services_waits_for_them_and_then_works() {
     world.event("email.sent", id).await;
     let log = worker.log();
     assert_eq!(log.matches("waiting for the database").count(), 1, "{log}");
-    assert_eq!(log.matches("no connection to RabbitMQ").count(), 2, "once for each connection: {log}");
+    for role in ["consuming", "publishing"] {
+        let said = format!("no connection to RabbitMQ; trying on role=\"{role}\"");
+        let reasons: Vec<&str> =
+            log.lines().filter_map(|line| Some(line.split_once(said.as_str())?.1)).collect();
+        assert!(!reasons.is_empty() && reasons.windows(2).all(|two| two[0] != two[1]), "said again: {log}");
+    }
     worker.stop().await;
     world.end().await;
 }

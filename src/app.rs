@@ -168,7 +168,6 @@ impl Running {
             sessions: settings.delivery.max_sessions as usize,
             per_organization: smtp.max_connections_per_organization as usize,
             platform: settings.platform.as_ref().map_or(1, |platform| platform.max_connections as usize),
-            line: longest_line(settings),
         };
         Ok(Self {
             configs: SmtpConfigs::new(store.clone(), parts::key_ring(settings)?),
@@ -321,12 +320,6 @@ fn serve_lanes(
         Ok(tokio::spawn(lanes::serve(worker.clone(), ServedLane::new(name), deliveries)))
     };
     settings.amqp.lanes.iter().map(|lane| serve(&lane.name)).collect()
-}
-
-/// Half of the largest prefetch: one destination that works may fill no more than that with waiting jobs.
-fn longest_line(settings: &Settings) -> usize {
-    let prefetch = settings.amqp.lanes.iter().map(|lane| usize::from(lane.prefetch)).max();
-    (prefetch.unwrap_or(2) / 2).max(1)
 }
 
 fn dropped(lane: &str) {

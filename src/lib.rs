@@ -2,12 +2,14 @@
 //!
 //! The folders are the outside systems plus one core:
 //!
-//! - [`model`] is pure: what a job is, what can go wrong, what is decided about it. It imports nothing of the crate.
+//! - [`model`] is pure: what a job is, what can go wrong, what is decided about it. It imports nothing of the crate, and
+//!   neither do the leaves [`clock`] and [`shutdown`]. The leaves [`settings`] and [`telemetry`] know the model only.
 //! - [`broker`] (lapin), [`store`] (sqlx), [`secrets`] (aes-gcm), [`egress`] (hickory-resolver, sockets) and [`smtp`]
 //!   (lettre) each know one outside library, and import only [`model`], the leaves [`clock`], [`shutdown`] and
 //!   [`settings`], and each other in two places: `smtp` dials through `egress`, `store` seals with `secrets`.
-//! - [`delivery`] and [`control`] are the only places where two outside systems meet.
-//! - [`cli`] and [`http`] stand in front; [`parts`] builds what they need from the settings; [`app`] composes the worker.
+//! - [`delivery`] and [`control`] are the only places where two outside systems meet. They do not import each other.
+//! - [`parts`] builds adapters from the settings, for [`cli`] and [`app`].
+//! - [`cli`] and [`http`] stand in front; [`app`] composes the worker, and only `main` imports it.
 //!
 //! A test in `tests/it/rules.rs` fails on an import that breaks these rules.
 

@@ -13,8 +13,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::jobs::{self, Consuming, Intent};
 use super::link::{self, LinkReceiver, Live};
+use super::names::Names;
 use super::publisher::Publisher;
-use super::topology::Names;
 
 /// Commands handled at once. A test email can take a minute, and the next admin should not wait for it.
 const CONCURRENCY: u16 = 16;
@@ -109,7 +109,7 @@ where
             let reply = handling.await.unwrap_or_else(|_| BROKEN.to_vec());
             let Some(reply_to) = reply_to.filter(|queue| may_reply_to(&names, queue)) else { return };
             if let Err(error) = publisher.reply(&reply_to, correlation_id.as_deref(), &reply).await {
-                tracing::debug!(%error, "a reply found nobody");
+                tracing::debug!(%error, "a reply was not published");
             }
         });
     }

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::topology::{Names, short};
+use super::names::Names;
+use super::topology::short;
 use crate::model::failure::Reason;
 use crate::model::ledger::Turn;
 use crate::model::text;

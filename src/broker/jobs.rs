@@ -17,8 +17,9 @@ use tokio::sync::{mpsc, watch};
 use super::connection::BrokerError;
 use super::headers::{JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
+use super::names::Names;
 use super::publisher::{DeadLetter, PublishError, Publisher};
-use super::topology::{self, Names};
+use super::topology;
 
 /// Handing the prefetched messages back when a consumer stops.
 const HAND_BACK_LIMIT: Duration = Duration::from_secs(5);

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::headers::{self, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
-use super::topology::{self, Names};
+use super::names::Names;
+use super::topology;
 use crate::model::event::Event;
 use crate::model::failure::Reason;
 use crate::model::text;
@@ -198,7 +199,8 @@ impl Publisher {
         .await
     }
 
-    /// Answers a command. Not persistent: a reply is worth nothing to a sender that is gone.
+    /// Answers a command. Not persistent: a reply is worth nothing to a sender that is gone. Not mandatory: to the broker
+    /// a direct reply-to is no queue, and it would return a reply that it has delivered.
     pub(super) async fn reply(
         &self,
         reply_to: &str,
@@ -209,7 +211,7 @@ impl Publisher {
         if let Some(id) = correlation_id.and_then(topology::short) {
             properties = properties.with_correlation_id(id);
         }
-        let unrouted = Unrouted::Fails;
+        let unrouted = Unrouted::IsFine;
         self.publish(Outgoing { exchange: "", routing_key: reply_to, body, properties, unrouted }).await
     }
 

@@ -13,8 +13,9 @@ use uuid::Uuid;
 
 use super::connection::{self, Access, BrokerError};
 use super::headers;
+use super::names::Names;
 use super::publisher::{self, Outgoing, PublishError, Unrouted};
-use super::topology::{self, Names};
+use super::topology;
 
 /// RabbitMQ's pseudo-queue: replies reach this channel without a queue being declared.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";

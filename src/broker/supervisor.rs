@@ -12,8 +12,9 @@ use super::connection::Access;
 use super::control::{self, CommandMeta};
 use super::jobs::{Consuming, Deliveries, DropHook, Feed, Intent, Source};
 use super::link::{BrokerState, Link, LinkReceiver, Live, Role};
+use super::names::Names;
 use super::publisher::Publisher;
-use super::topology::{Names, Topology};
+use super::topology::Topology;
 use crate::model::lanes::Lane;
 
 /// For consumers to stop when told, each handing back what it had prefetched.

@@ -44,7 +44,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Work: job lanes, control commands, archive, health and metrics
+    /// Work: job lanes, control commands, health and metrics
     Worker(worker::WorkerArgs),
     /// Verify settings, database, broker, keys and DNS
     Check(check::CheckArgs),

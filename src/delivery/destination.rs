@@ -1,7 +1,9 @@
 //! One destination's window and breaker: how many attempts may run at once, and whether any may.
 //! Guarantee: a pure state machine; time comes in as a parameter and nothing waits here.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::model::policy::Feedback;
 
@@ -27,8 +29,8 @@ pub struct Window {
     last_success: Instant,
     failures_in_a_row: u32,
     breaker: Breaker,
-    /// Smoothed seconds from one success to the next.
-    pace_s: f64,
+    /// Smoothed seconds that an attempt takes; unknown until the first one has ended.
+    attempt_s: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +62,7 @@ impl Window {
             last_success: now,
             failures_in_a_row: 0,
             breaker: Breaker::Closed,
-            pace_s: 1.0,
+            attempt_s: None,
         }
     }
 
@@ -90,8 +92,12 @@ impl Window {
     }
 
     /// Ends an attempt with what it says about the destination.
-    pub fn finish(&mut self, result: Outcome, now: Instant) {
+    pub fn finish(&mut self, result: Outcome, took: Duration, now: Instant) {
         self.in_flight = self.in_flight.saturating_sub(1);
+        if result != Outcome::Nothing {
+            let took_s = took.as_secs_f64();
+            self.attempt_s = Some(self.attempt_s.map_or(took_s, |known| 0.8 * known + 0.2 * took_s));
+        }
         match result {
             Outcome::Worked => self.succeed(now),
             Outcome::Nothing | Outcome::Failed(Feedback::Neutral) => {}
@@ -111,8 +117,6 @@ impl Window {
     }
 
     fn succeed(&mut self, now: Instant) {
-        let since = now.duration_since(self.last_success).as_secs_f64();
-        self.pace_s = 0.8 * self.pace_s + 0.2 * since.min(10.0);
         self.last_success = now;
         self.failures_in_a_row = 0;
         self.breaker = Breaker::Closed;
@@ -150,10 +154,10 @@ impl Window {
         now.duration_since(self.last_success) > STALLED_AFTER
     }
 
-    /// Smoothed time from one success to the next; longer when there was none lately.
-    pub fn pace(&self, now: Instant) -> Duration {
-        let silence_s = now.duration_since(self.last_success).as_secs_f64();
-        Duration::from_secs_f64(self.pace_s.max(silence_s / 10.0).clamp(0.0005, 60.0))
+    /// Time from one end of an attempt to the next while jobs are waiting, by the attempts so far; `None` before the first.
+    pub fn pace(&self) -> Option<Duration> {
+        self.attempt_s
+            .map(|attempt_s| Duration::from_secs_f64((attempt_s / self.size as f64).clamp(0.000_1, 60.0)))
     }
 
     /// Whether nothing would be lost by forgetting this destination.
@@ -179,9 +183,11 @@ mod tests {
 
     use super::*;
 
+    const TOOK: Duration = Duration::from_millis(10);
+
     fn worked(window: &mut Window, now: Instant) {
         assert_eq!(window.start(now), Admission::Granted);
-        window.finish(Outcome::Worked, now);
+        window.finish(Outcome::Worked, TOOK, now);
     }
 
     #[test]
@@ -190,7 +196,7 @@ mod tests {
         let mut window = Window::new(4, now);
         assert_eq!(window.start(now), Admission::Granted);
         assert_eq!(window.start(now), Admission::Wait);
-        window.finish(Outcome::Worked, now);
+        window.finish(Outcome::Worked, TOOK, now);
         assert_eq!(window.size, 2);
         (0..20).for_each(|_| worked(&mut window, now));
         assert_eq!(window.size, 4);
@@ -203,7 +209,7 @@ mod tests {
         (0..60).for_each(|_| worked(&mut window, now));
         assert_eq!(window.size, 8);
         window.start(now);
-        window.finish(Outcome::Failed(Feedback::Narrow), now);
+        window.finish(Outcome::Failed(Feedback::Narrow), TOOK, now);
         assert_eq!(window.size, 4);
     }
 
@@ -213,13 +219,13 @@ mod tests {
         let mut window = Window::new(8, now);
         for _ in 0..BREAKER_THRESHOLD {
             assert_eq!(window.start(now), Admission::Granted);
-            window.finish(Outcome::Failed(Feedback::Unreachable), now);
+            window.finish(Outcome::Failed(Feedback::Unreachable), TOOK, now);
         }
         assert_eq!(window.start(now), Admission::Open(BREAKER_FIRST_PAUSE));
         let later = now + BREAKER_FIRST_PAUSE;
         assert_eq!(window.start(later), Admission::Granted);
         assert_eq!(window.start(later), Admission::Wait, "one probe alone");
-        window.finish(Outcome::Failed(Feedback::Unreachable), later);
+        window.finish(Outcome::Failed(Feedback::Unreachable), TOOK, later);
         assert_eq!(window.start(later), Admission::Open(BREAKER_FIRST_PAUSE * 2));
         let probe = later + BREAKER_FIRST_PAUSE * 2;
         worked(&mut window, probe);
@@ -250,12 +256,12 @@ mod tests {
                 };
                 if running > 0 {
                     running -= 1;
-                    window.finish(outcome, now);
+                    window.finish(outcome, TOOK, now);
                 }
                 prop_assert_eq!(running, window.in_flight());
             }
             // However it went, a destination that nobody uses is asked again in the end.
-            while running > 0 { window.finish(Outcome::Nothing, now); running -= 1; }
+            while running > 0 { window.finish(Outcome::Nothing, TOOK, now); running -= 1; }
             prop_assert_eq!(window.start(now + BREAKER_LONGEST_PAUSE), Admission::Granted);
         }
     }

@@ -3,9 +3,10 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::destination::{Admission, Outcome, Window};
 use crate::model::organization::OrganizationId;
@@ -14,8 +15,14 @@ use crate::model::smtp_settings::Destination;
 
 /// Longest wait in a line; a delivery must not be slept on.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// Waiting jobs of a destination that does not answer.
-const STALLED_LINE: usize = 64;
+/// Waiting jobs that any destination may have.
+const SHORT_LINE: usize = 64;
+/// A line may be longer where its last job would not wait longer than this.
+const LINE_WAIT: Duration = Duration::from_secs(2);
+/// How often a waiting job looks whether its line has become too long.
+const LOOK_PAUSE: Duration = Duration::from_secs(2);
+/// Pace that is assumed of a destination of which nothing is known, to spread what is put aside.
+const UNKNOWN_PACE: Duration = Duration::from_millis(20);
 /// Destinations remembered before idle ones are forgotten.
 const DESTINATIONS_KEPT: usize = 4096;
 
@@ -28,8 +35,6 @@ pub struct DispatchLimits {
     pub per_organization: usize,
     /// `platform.max_connections`.
     pub platform: usize,
-    /// Waiting jobs of a destination that works.
-    pub line: usize,
 }
 
 /// Decides who may start; cheap to clone.
@@ -60,6 +65,8 @@ struct Entry {
     waiting: usize,
     /// When the work put aside so far would be done at the present pace.
     aside_until: Instant,
+    /// When its line was last empty.
+    empty_at: Instant,
 }
 
 /// Whose line it is within a destination.
@@ -85,6 +92,7 @@ pub enum Admitted {
 pub struct Permit {
     shared: Arc<Shared>,
     destination: Destination,
+    started: Instant,
     stalled: bool,
     outcome: Outcome,
 }
@@ -111,7 +119,7 @@ impl Drop for Permit {
             state.stalled_in_flight -= 1;
         }
         if let Some(entry) = state.destinations.get_mut(&self.destination) {
-            entry.window.finish(self.outcome, now);
+            entry.window.finish(self.outcome, now.duration_since(self.started), now);
         }
         let woken = self.shared.grant(&mut state, &self.destination, now);
         drop(state);
@@ -132,15 +140,41 @@ impl Dispatcher {
 
     /// Asks to start an attempt; waits in line for at most a minute.
     pub async fn admit(&self, destination: &Destination, key: LineKey) -> Admitted {
-        let waiter = match self.enter(destination, key) {
+        let mut waiter = match self.enter(destination, key) {
             Entered::Granted(permit) => return Admitted::Go(permit),
             Entered::Aside(delay_s) => return Admitted::PutAside(delay_s),
             Entered::Waiting(waiter) => waiter,
         };
-        match tokio::time::timeout(LONGEST_WAIT, waiter).await {
-            Ok(Ok(permit)) => Admitted::Go(permit),
-            Ok(Err(_)) | Err(_) => Admitted::PutAside(self.aside(destination)),
+        let deadline = Instant::now() + LONGEST_WAIT;
+        loop {
+            match tokio::time::timeout(LOOK_PAUSE, &mut waiter).await {
+                Ok(Ok(permit)) => return Admitted::Go(permit),
+                Ok(Err(_)) => return Admitted::PutAside(self.aside(destination)),
+                Err(_) if Instant::now() >= deadline || self.leaves(destination, &mut waiter) => {
+                    // A permit may have been on its way when the receiver was closed.
+                    return match waiter.try_recv() {
+                        Ok(permit) => Admitted::Go(permit),
+                        Err(_) => Admitted::PutAside(self.aside(destination)),
+                    };
+                }
+                Err(_) => {}
+            }
         }
+    }
+
+    /// Leaves a line that has become too long for its pace.
+    fn leaves(&self, destination: &Destination, waiter: &mut oneshot::Receiver<Permit>) -> bool {
+        let mut state = self.shared.lock();
+        let now = Instant::now();
+        let Some(entry) = state.destinations.get_mut(destination) else { return true };
+        let mut gone = entry.drop_gone(now);
+        let leaves = entry.waiting > entry.longest_line(now);
+        if leaves {
+            waiter.close();
+            gone += entry.drop_gone(now);
+        }
+        state.waiting -= gone;
+        leaves
     }
 
     /// Jobs in line and attempts under way, for the metrics.
@@ -158,7 +192,7 @@ impl Dispatcher {
             Destination::Platform => self.shared.limits.platform,
         };
         let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
-        let gone = entry.drop_gone();
+        let gone = entry.drop_gone(now);
         let nobody_waits = entry.waiting == 0;
         state.waiting -= gone;
         if nobody_waits {
@@ -171,11 +205,9 @@ impl Dispatcher {
                 Started::NoSession | Started::NoShare | Started::Wait => {}
             }
         }
-        let limit = self.shared.limits.line;
         let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
-        let limit = if entry.window.is_stalled(now) { STALLED_LINE.min(limit) } else { limit };
         let before = entry.waiting;
-        if before >= limit && !entry.make_room(&key) {
+        if before >= entry.longest_line(now) && !entry.make_room(&key) {
             return Entered::Aside(entry.put_aside(now));
         }
         let (sender, receiver) = oneshot::channel();
@@ -246,6 +278,7 @@ impl Shared {
         Started::Granted(Permit {
             shared: self.clone(),
             destination: destination.clone(),
+            started: now,
             stalled,
             outcome: Outcome::Nothing,
         })
@@ -286,7 +319,7 @@ impl Shared {
 
     fn serve_one(self: &Arc<Self>, state: &mut State, destination: &Destination, now: Instant) -> Served {
         let Some(entry) = state.destinations.get_mut(destination) else { return Served::Done };
-        let gone = entry.drop_gone();
+        let gone = entry.drop_gone(now);
         let nobody_waits = entry.waiting == 0;
         state.waiting -= gone;
         if nobody_waits {
@@ -324,7 +357,24 @@ impl State {
 
 impl Entry {
     fn new(ceiling: usize, now: Instant) -> Self {
-        Self { window: Window::new(ceiling, now), lines: VecDeque::new(), waiting: 0, aside_until: now }
+        Self {
+            window: Window::new(ceiling, now),
+            lines: VecDeque::new(),
+            waiting: 0,
+            aside_until: now,
+            empty_at: now,
+        }
+    }
+
+    /// How many jobs may wait now. A destination of which nothing is known yet has the benefit of the doubt for a moment:
+    /// a thousand jobs for a quick server are gone before they could be put aside.
+    fn longest_line(&self, now: Instant) -> usize {
+        let quick = match self.window.pace() {
+            Some(pace) => (LINE_WAIT.as_secs_f64() / pace.as_secs_f64()) as usize,
+            None if now.duration_since(self.empty_at) <= LINE_WAIT => usize::MAX,
+            None => 0,
+        };
+        quick.max(SHORT_LINE)
     }
 
     fn push(&mut self, key: LineKey, waiter: oneshot::Sender<Permit>) {
@@ -362,13 +412,16 @@ impl Entry {
     }
 
     /// Removes waiters that have given up; says how many.
-    fn drop_gone(&mut self) -> usize {
+    fn drop_gone(&mut self, now: Instant) -> usize {
         let before = self.waiting;
         for (_, line) in &mut self.lines {
             line.retain(|waiter| !waiter.is_closed());
         }
         self.lines.retain(|(_, line)| !line.is_empty());
         self.waiting = self.lines.iter().map(|(_, line)| line.len()).sum();
+        if self.waiting == 0 {
+            self.empty_at = now;
+        }
         before - self.waiting
     }
 
@@ -377,7 +430,7 @@ impl Entry {
         if let Some(pause) = self.window.open_for(now) {
             return aside_for(pause);
         }
-        self.aside_until = self.aside_until.max(now) + self.window.pace(now);
+        self.aside_until = self.aside_until.max(now) + self.window.pace().unwrap_or(UNKNOWN_PACE);
         aside_for(self.aside_until - now)
     }
 }

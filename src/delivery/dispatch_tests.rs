@@ -1,5 +1,7 @@
 //! The dispatcher's promises: bounded, fair, and nothing leaks.
 
+use futures_util::FutureExt;
+
 use super::*;
 use crate::model::policy::Feedback;
 
@@ -11,8 +13,8 @@ fn line(organization: &str, lane: &str) -> LineKey {
     LineKey { organization: OrganizationId::parse(organization).ok(), lane: lane.into() }
 }
 
-fn dispatcher(sessions: usize, per_organization: usize, line: usize) -> Dispatcher {
-    Dispatcher::new(DispatchLimits { sessions, per_organization, platform: per_organization, line })
+fn dispatcher(sessions: usize, per_organization: usize) -> Dispatcher {
+    Dispatcher::new(DispatchLimits { sessions, per_organization, platform: per_organization })
 }
 
 async fn go(dispatcher: &Dispatcher, destination: &Destination, key: LineKey) -> Permit {
@@ -24,7 +26,7 @@ async fn go(dispatcher: &Dispatcher, destination: &Destination, key: LineKey) ->
 
 #[tokio::test]
 async fn a_permit_comes_back_from_a_task_that_panics() {
-    let dispatcher = dispatcher(1, 1, 10);
+    let dispatcher = dispatcher(1, 1);
     let to = organization("acme");
     let permit = go(&dispatcher, &to, line("acme", "n")).await;
     let task = tokio::spawn(async move {
@@ -38,31 +40,57 @@ async fn a_permit_comes_back_from_a_task_that_panics() {
     assert_eq!(dispatcher.counts(), (0, 0));
 }
 
-#[tokio::test]
-async fn what_overflows_a_line_is_put_aside_and_other_destinations_go_on() {
-    let dispatcher = dispatcher(10, 1, 2);
+type Waiting = std::pin::Pin<Box<dyn Future<Output = Admitted>>>;
+
+fn waiting(dispatcher: &Dispatcher, to: &Destination, count: usize) -> Vec<Waiting> {
+    let one = |_| {
+        let (dispatcher, to) = (dispatcher.clone(), to.clone());
+        let mut waiter: Waiting = Box::pin(async move { dispatcher.admit(&to, line("x", "n")).await });
+        assert!(waiter.as_mut().now_or_never().is_none());
+        waiter
+    };
+    (0..count).map(one).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_line_of_a_server_that_does_not_answer_becomes_short_and_others_go_on() {
+    let dispatcher = dispatcher(10, 1);
     let slow = organization("slow");
     let held = go(&dispatcher, &slow, line("slow", "n")).await;
-    let mut waiting: Vec<_> = (0..2)
-        .map(|_| {
-            let (dispatcher, slow) = (dispatcher.clone(), slow.clone());
-            Box::pin(async move { dispatcher.admit(&slow, line("slow", "n")).await })
-        })
-        .collect();
-    for waiter in &mut waiting {
-        assert!(futures_util::poll!(waiter).is_pending());
+    let (ended, mut aside) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..300 {
+        let (dispatcher, slow, ended) = (dispatcher.clone(), slow.clone(), ended.clone());
+        tokio::spawn(async move { ended.send(dispatcher.admit(&slow, line("slow", "n")).await).unwrap() });
     }
-    assert!(matches!(dispatcher.admit(&slow, line("slow", "n")).await, Admitted::PutAside(_)));
+    while dispatcher.counts().0 < 300 {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..300 - SHORT_LINE {
+        assert!(matches!(aside.recv().await, Some(Admitted::PutAside(_))));
+    }
+    assert_eq!(dispatcher.counts().0, SHORT_LINE);
     drop(go(&dispatcher, &organization("quick"), line("quick", "n")).await);
     held.finish(Outcome::Worked);
-    for waiter in waiting {
+    assert!(matches!(aside.recv().await, Some(Admitted::Go(_))));
+}
+
+#[tokio::test]
+async fn a_thousand_jobs_for_a_quick_server_wait_in_its_line() {
+    let dispatcher = dispatcher(10, 1);
+    let quick = organization("quick");
+    go(&dispatcher, &quick, line("quick", "n")).await.finish(Outcome::Worked);
+    let held = go(&dispatcher, &quick, line("quick", "n")).await;
+    let waiters = waiting(&dispatcher, &quick, 1000);
+    assert_eq!(dispatcher.counts(), (1000, 1));
+    drop(held);
+    for waiter in waiters {
         assert!(matches!(waiter.await, Admitted::Go(_)));
     }
 }
 
 #[tokio::test]
 async fn lines_of_one_destination_are_served_in_turn() {
-    let dispatcher = dispatcher(10, 1, 100);
+    let dispatcher = dispatcher(10, 1);
     let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
     let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
     let mut tasks = Vec::new();
@@ -84,7 +112,7 @@ async fn lines_of_one_destination_are_served_in_turn() {
 
 #[tokio::test]
 async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free_one() {
-    let dispatcher = dispatcher(1, 1, 10);
+    let dispatcher = dispatcher(1, 1);
     let held = go(&dispatcher, &organization("a"), line("a", "n")).await;
     let other = organization("b");
     let mut waiter = Box::pin(dispatcher.admit(&other, line("b", "n")));
@@ -95,7 +123,7 @@ async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free
 
 #[tokio::test]
 async fn destinations_that_wait_for_a_session_of_the_worker_take_turns() {
-    let dispatcher = dispatcher(1, 1, 10);
+    let dispatcher = dispatcher(1, 1);
     let held = go(&dispatcher, &organization("flood"), line("flood", "n")).await;
     let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
     let mut tasks = Vec::new();
@@ -116,31 +144,32 @@ async fn destinations_that_wait_for_a_session_of_the_worker_take_turns() {
     assert_eq!(dispatcher.counts(), (0, 0));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_full_line_makes_room_for_who_has_less_in_it() {
-    let dispatcher = dispatcher(10, 1, 3);
+    let dispatcher = dispatcher(10, 1);
     let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
     let wait = |name: &'static str, lane: &'static str| {
         let dispatcher = dispatcher.clone();
         Box::pin(async move { dispatcher.admit(&Destination::Platform, line(name, lane)).await })
     };
-    let mut flood: Vec<_> = (0..3).map(|_| wait("flood", "n")).collect();
+    let mut flood: Vec<_> = (0..SHORT_LINE).map(|_| wait("flood", "n")).collect();
     for waiter in &mut flood {
         assert!(futures_util::poll!(waiter).is_pending());
     }
+    tokio::time::advance(LINE_WAIT + LOOK_PAUSE).await;
     let mut small = wait("small", "n");
     assert!(futures_util::poll!(&mut small).is_pending(), "the other organization waits in line");
     let last = flood.pop().unwrap();
     assert!(matches!(last.await, Admitted::PutAside(_)), "the last of the flood went for it");
     assert!(matches!(wait("flood", "n").await, Admitted::PutAside(_)), "a flood makes no room for itself");
-    assert_eq!(dispatcher.counts(), (3, 1));
+    assert_eq!(dispatcher.counts(), (SHORT_LINE, 1));
     held.finish(Outcome::Worked);
     drop((flood, small));
 }
 
 #[tokio::test(start_paused = true)]
 async fn nobody_waits_longer_than_a_minute() {
-    let dispatcher = dispatcher(1, 1, 10);
+    let dispatcher = dispatcher(1, 1);
     let to = organization("a");
     let held = go(&dispatcher, &to, line("a", "n")).await;
     assert!(matches!(dispatcher.admit(&to, line("a", "n")).await, Admitted::PutAside(_)));
@@ -153,7 +182,7 @@ async fn nobody_waits_longer_than_a_minute() {
 
 #[tokio::test]
 async fn an_open_breaker_puts_the_whole_line_aside() {
-    let dispatcher = dispatcher(10, 1, 10);
+    let dispatcher = dispatcher(10, 1);
     let to = organization("gone");
     for _ in 0..4 {
         go(&dispatcher, &to, line("gone", "n")).await.finish(Outcome::Failed(Feedback::Unreachable));

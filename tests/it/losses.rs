@@ -90,6 +90,24 @@ async fn a_job_whose_server_says_nothing_is_given_up_in_time_and_sent_once_later
 }
 
 #[tokio::test]
+async fn what_is_not_smtp_is_not_taken_for_a_reply_and_a_reply_in_another_charset_is_one() {
+    let says = |stage, bytes: &[u8]| Rule::new(stage, Action::Reply(bytes.to_vec()));
+    check_retried(vec![
+        ("another-protocol", says(Stage::Banner, b"HTTP/1.1 400 Bad Request"), "protocol_error"),
+        ("no-code", says(Stage::Ehlo, b"hello"), "protocol_error"),
+        ("half-a-code", says(Stage::Mail, b"25 ok"), "protocol_error"),
+        (
+            "success-for-data",
+            Rule::new(Stage::Data, Action::ReplyThenClose(b"250 ok".into())),
+            "protocol_error",
+        ),
+        ("latin-1", says(Stage::Mail, b"451 4.3.0 sp\xe4ter"), "server_error"),
+        ("latin-1-banner", says(Stage::Banner, b"450 4.3.2 sp\xe4ter"), "server_error"),
+    ])
+    .await;
+}
+
+#[tokio::test]
 async fn a_reply_that_drips_or_never_ends_is_cut_off_and_the_job_is_sent_once_later() {
     let dripping = |reply: &[u8]| Action::Drip(reply.to_vec(), Duration::from_millis(400));
     check_retried(vec![
@@ -117,10 +135,12 @@ async fn an_unknown_outcome_is_sent_again_once_or_held_as_the_publisher_wishes()
     let taken = || Rule::new(Stage::FinalDot, Action::AcceptThenClose);
     let lost = || Rule::new(Stage::FinalDot, Action::Close);
     let silent = || Rule::new(Stage::FinalDot, Action::Silence);
+    let go_ahead = || Rule::new(Stage::FinalDot, Action::reply("354 go on"));
     let cases = [
         ("once", "resend", taken().once(), "deferred unknown_outcome, sent", 2),
         ("not-taken", "resend", lost().once(), "deferred unknown_outcome, sent", 1),
         ("silent", "resend", silent().once(), "deferred unknown_outcome, sent", 1),
+        ("go-ahead", "resend", go_ahead().once(), "deferred unknown_outcome, sent", 2),
         ("twice", "resend", taken().times(2), "deferred unknown_outcome, dead unknown_outcome", 2),
         ("hold", "hold", taken(), "dead unknown_outcome", 1),
         ("hold-silent", "hold", silent(), "dead unknown_outcome", 0),
@@ -172,15 +192,22 @@ async fn a_kept_connection_that_the_server_has_closed_meanwhile_costs_no_attempt
     let world = World::new().await;
     let worker = world.worker().await;
     let second_mail = |action| Rule::new(Stage::Mail, action).nth(2);
+    // After a refused recipient the transaction is half open: the next one begins with RSET.
+    let refusal = || Rule::new(Stage::Rcpt, Action::reply("550 5.1.1 nobody there")).once();
+    let at_rset = |action| [refusal(), Rule::new(Stage::Rset, action)];
+    let closing = Action::ReplyThenClose(b"421 4.4.2 idle for too long".into());
     let servers = [
         ("closes", world.with_server("closes", |server| server.closes_after_messages = Some(1)).await),
         ("says-421", world.with_server("says-421", |server| server.messages_per_session = Some(1)).await),
         ("lost-at-mail", world.with_rules("lost-at-mail", [second_mail(Action::Close)]).await),
         ("hangs-up", world.with_server("hangs-up", |_| {}).await),
+        ("lost-at-rset", world.with_rules("lost-at-rset", at_rset(Action::Close)).await),
+        ("421-at-rset", world.with_rules("421-at-rset", at_rset(closing)).await),
     ];
     for (name, server) in &servers {
         let first = world.publish(&job(Some(name))).await;
-        assert_eq!(world.story(first).await, "sent", "{name}");
+        let expected = if name.ends_with("rset") { "dead recipients_refused" } else { "sent" };
+        assert_eq!(world.story(first).await, expected, "{name}");
         if *name == "hangs-up" {
             server.hang_up("421 4.4.2 idle for too long\r\n");
             let closed = server.wait_for(SOON, |seen| seen.open_sessions() == 0).await;

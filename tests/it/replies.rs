@@ -16,18 +16,30 @@ use crate::support::world::{World, job};
 /// A phase, a reply given there once, and the job's story.
 type Case = (Stage, &'static str, &'static str);
 
+/// How a server gives its replies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    /// And goes on.
+    GoesOn,
+    /// And closes the connection.
+    Closes,
+    /// And goes on, one command at a time.
+    WithoutPipelining,
+}
+
 /// Runs the cases side by side, an organization and a server each. A job that died was refused once and never tried
 /// again, or it would have been sent: the server says its reply once only.
-async fn check(cases: &[Case], closes: bool) {
+async fn check(cases: &[Case], manner: Manner) {
     let world = World::new().await;
     let worker = world.worker().await;
     let set_up = cases.iter().enumerate().map(async |(index, (stage, reply, _))| {
-        let action = match closes {
-            true => Action::ReplyThenClose(reply.as_bytes().to_vec()),
-            false => Action::reply(reply),
+        let action = match manner {
+            Manner::Closes => Action::ReplyThenClose(reply.as_bytes().to_vec()),
+            Manner::GoesOn | Manner::WithoutPipelining => Action::reply(reply),
         };
         let organization = format!("case{index}");
         let server = world.with_rules(&organization, [Rule::new(*stage, action).once()]).await;
+        server.change(|behaviour| behaviour.pipelining = manner != Manner::WithoutPipelining);
         (world.publish(&job(Some(&organization))).await, organization, server)
     });
     let running: Vec<_> = stream::iter(set_up).buffered(3).collect().await;
@@ -44,6 +56,8 @@ async fn check(cases: &[Case], closes: bool) {
         let row = world.state(Some(organization), *id, state).await;
         let (attempts, messages) = if dead.is_some() { (1, 0) } else { (2, 1) };
         assert_eq!((row.attempts, server.messages().len()), (attempts, messages), "{stage:?} {reply}");
+        let ahead: usize = server.sessions().iter().map(|session| session.ahead_of_reply).sum();
+        assert_eq!(ahead, 0, "{stage:?} {reply}: commands ahead of a reply that must be awaited");
         assert_eq!(row.reason.map(Reason::as_str), dead, "{stage:?} {reply}");
         if let Some(reason) = dead {
             let letter = letters.of(&world, *id).await;
@@ -76,7 +90,7 @@ async fn a_temporary_reply_at_any_phase_is_retried_and_the_job_is_sent_once() {
         (Stage::FinalDot, "451 4.3.0 not now", "deferred server_error, sent"),
         (Stage::FinalDot, "452 4.3.1 insufficient system storage", "deferred server_error, sent"),
     ];
-    check(cases, false).await;
+    check(cases, Manner::GoesOn).await;
 }
 
 #[tokio::test]
@@ -99,7 +113,23 @@ async fn a_final_reply_kills_the_job_unless_it_is_about_the_server_itself() {
         (Stage::FinalDot, "552 5.3.4 too big", "dead too_large"),
         (Stage::FinalDot, "554 5.2.252 SendAsDenied", "dead sender_refused"),
     ];
-    check(cases, false).await;
+    check(cases, Manner::GoesOn).await;
+}
+
+#[tokio::test]
+async fn a_server_without_pipelining_is_told_one_command_at_a_time_and_its_replies_mean_the_same() {
+    let cases: &[Case] = &[
+        (Stage::Mail, "451 4.3.0 not now", "deferred server_error, sent"),
+        (Stage::Mail, "550 5.1.7 bad sender", "dead sender_refused"),
+        (Stage::Rcpt, "450 4.2.1 mailbox busy", "deferred recipients_refused, sent"),
+        (Stage::Rcpt, "550 5.1.1 nobody there", "dead recipients_refused"),
+        (Stage::Rcpt, "553 5.7.1 Sender address rejected: not owned by user", "dead sender_refused"),
+        (Stage::Data, "451 4.3.0 not now", "deferred server_error, sent"),
+        (Stage::Data, "554 5.5.1 no", "dead message_refused"),
+        (Stage::FinalDot, "451 4.3.0 not now", "deferred server_error, sent"),
+        (Stage::FinalDot, "554 5.7.1 spam", "dead message_refused"),
+    ];
+    check(cases, Manner::WithoutPipelining).await;
 }
 
 #[tokio::test]
@@ -115,7 +145,7 @@ async fn a_421_closes_the_connection_at_any_phase_and_the_job_is_sent_once_later
         Stage::FinalDot,
     ];
     let cases = stages.map(|stage| (stage, "421 4.3.2 closing", "deferred throttled, sent"));
-    check(&cases, true).await;
+    check(&cases, Manner::Closes).await;
 }
 
 #[tokio::test]
@@ -215,6 +245,32 @@ async fn a_refused_recipient_is_reported_while_the_others_get_the_message_once()
     assert_eq!(letters.left(&world).await, 0);
     let row = world.state(Some("acme"), id, State::Sent).await;
     assert_eq!((row.attempts, row.refused.len()), (2, 1));
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_recipient_that_is_never_taken_is_reported_when_its_retries_end() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let busy = Rule::new(Stage::Rcpt, Action::reply("450 4.2.1 busy"));
+    world.server.rule(busy.of("bob@customer.example"));
+    let id = world.publish(&job_to("acme", &["ann", "bob"])).await;
+    let sent = world.event("email.sent", id).await;
+    let expected = json!([{"index": 1, "code": 450, "reason": "retries_exhausted"}]);
+    assert_eq!(sent["recipients_refused"], expected);
+    assert_eq!(world.event("email.dead", id).await["reason"], "retries_exhausted");
+    assert_eq!((world.event_count("email.deferred", id), world.event_count("email.dead", id)), (2, 1));
+    let messages = world.server.messages();
+    assert_eq!(
+        (messages.len(), messages[0].recipients.as_slice()),
+        (1, &["ann@customer.example".to_owned()][..])
+    );
+    let letter = Letters::default().of(&world, id).await;
+    assert_eq!(letter.text("sendoff-recipients").as_deref(), Some("1"));
+    assert_eq!(letter.text("sendoff-reason").as_deref(), Some("retries_exhausted"));
+    assert_eq!(world.state(Some("acme"), id, State::Sent).await.attempts, 3);
     worker.stop().await;
     world.end().await;
 }

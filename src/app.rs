@@ -13,6 +13,7 @@ use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
 use crate::delivery::database::{DatabaseState, DatabaseWatch};
+use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
@@ -260,6 +261,7 @@ impl Running {
             desk: Desk {
                 ledger: ledger.clone(),
                 store: self.store.clone(),
+                debts: Debts::default(),
                 publisher: broker.publisher(),
                 database: database.clone(),
                 retry: retry.clone(),

@@ -4,6 +4,7 @@
 pub mod attempt;
 pub mod conclude;
 pub mod database;
+pub mod debts;
 pub mod destination;
 pub mod dispatch;
 pub mod in_hand;

@@ -22,6 +22,7 @@ use crate::telemetry::{self, Outcome};
 use super::attempt::{Report, Shut};
 use super::conclude::{Conclusion, conclude, conclude_unattempted};
 use super::database::DatabaseWatch;
+use super::debts::Debts;
 use super::in_hand::InHand;
 
 /// Pause between two tries of something that is owed.
@@ -39,6 +40,8 @@ pub struct Desk {
     pub ledger: Ledger,
     /// The database, for what a repeated announcement says.
     pub store: Store,
+    /// Copies that are recorded and not yet published.
+    pub debts: Debts,
     /// The broker, for what is republished and announced.
     pub publisher: Publisher,
     /// Whether the database can be asked.
@@ -237,9 +240,14 @@ impl Desk {
         conclusion: Conclusion,
     ) {
         let accepted = matches!(conclusion.settlement, Settlement::Sent);
+        let owed = claimed.turn.next();
+        if !accepted {
+            self.debts.incur(&job.key, owed);
+        }
         match self.record(settle).await {
             Ok(SettleAnswer::Recorded) => {}
             Ok(SettleAnswer::NotOwner) => {
+                self.debts.pay(&job.key, owed);
                 tracing::warn!(job = %job.key, "another worker took this job over; its record stands");
                 telemetry::settle_missed();
                 return delivery.hand_back().await;
@@ -251,6 +259,7 @@ impl Desk {
         }
         match self.hand_over(&delivery, job, claimed, transport, &conclusion).await {
             Ok(settled) => {
+                self.debts.pay(&job.key, owed);
                 if settled == Outcome::Sent {
                     let since = delivery.received().published_at().unwrap_or(claimed.first_at);
                     let took = Duration::try_from(self.clock.now() - since).unwrap_or_default();

@@ -13,7 +13,7 @@ use crate::broker::Delivery;
 use crate::broker::wire::{self, WireLimits};
 use crate::clock::Clock;
 use crate::model::failure::Reason;
-use crate::model::job::Job;
+use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
@@ -262,15 +262,20 @@ impl Worker {
             }
             ClaimAnswer::NotYet { wait } => TakeUp::Aside(self.limits.retry.schedule.queue_for_s(wait)),
             ClaimAnswer::Closed(hand_over) => TakeUp::Repeat(hand_over),
-            ClaimAnswer::Stale(hand_over) => self.judge_stale(hand_over).await?,
+            ClaimAnswer::Stale(hand_over) => self.judge_stale(&job.key, hand_over).await?,
         }))
     }
 
-    /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, or owed by this worker,
-    /// or by one whose lock is held and has been for longer than a lock can outlive its worker.
-    async fn judge_stale(&self, hand_over: HandOver) -> Result<TakeUp, StoreError> {
-        if hand_over.taken_up || self.incarnations.current() == Some(hand_over.owner) {
+    /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, made by this worker, or
+    /// owed by one whose lock is held and has been for longer than a lock can outlive its worker.
+    async fn judge_stale(&self, key: &JobKey, hand_over: HandOver) -> Result<TakeUp, StoreError> {
+        if hand_over.taken_up {
             return Ok(TakeUp::Duplicate);
+        }
+        if self.incarnations.current() == Some(hand_over.owner) {
+            // What this worker still owes it may yet be stopped from giving: then this copy is the only one.
+            let owed = self.desk.debts.stands(key, hand_over.turn);
+            return Ok(if owed { TakeUp::Aside(HELD_WAIT_S) } else { TakeUp::Duplicate });
         }
         Ok(match self.incarnations.is_alive(hand_over.owner).await? {
             Liveness::Alive if hand_over.age >= LOCK_OUTLIVES => TakeUp::Duplicate,

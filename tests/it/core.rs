@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lapin::options::{BasicGetOptions, BasicNackOptions};
+use lapin::options::{BasicGetOptions, BasicNackOptions, QueueDeleteOptions};
 use sendoff::model::ledger::State;
 use serde_json::json;
 
@@ -128,6 +128,34 @@ async fn a_job_past_its_time_dies_even_where_the_worker_lacks_the_key() {
     let id = world.publish(&job).await;
     world.event("email.expired", id).await;
     assert_eq!(world.dead_letter().await.1, "expired");
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_copy_is_kept_for_as_long_as_the_worker_still_owes_the_one_after_it() {
+    let world = World::new().await;
+    world.platform.rule(Rule::new(Stage::Mail, Action::reply("451 4.3.0 later")).once());
+    let worker = world.worker().await;
+    let channel = world.broker.channel().await;
+    let queue = world.broker.name("retry.notifications.1");
+    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deleted");
+    let job = job(None);
+    let id = world.publish(&job).await;
+    worker.logs("a publish was not confirmed").await;
+
+    world.publish(&job).await;
+    let settled = async |outcome: &str| {
+        let series = format!(r#"sendoff_jobs_settled_total{{lane="notifications",outcome="{outcome}"}}"#);
+        worker.metric(&series).await
+    };
+    eventually("the second copy is put aside", async || settled("requeued").await >= 1.0).await;
+    assert_eq!(settled("duplicate").await, 0.0);
+
+    world.broker.declare().await;
+    world.event("email.sent", id).await;
+    eventually("the second copy goes", async || settled("duplicate").await >= 1.0).await;
+    assert_eq!(world.platform.messages().len(), 1);
     worker.stop().await;
     world.end().await;
 }

@@ -29,6 +29,7 @@ use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
 use crate::model::event::{Event, What};
 use crate::model::organization::OrganizationId;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
+use crate::telemetry;
 use request::{Command, Request};
 
 /// A reply comes within 10 s (contract section 4): by then a change is over, one way or the other.
@@ -188,7 +189,12 @@ impl Control {
                     Err(EgressError::DnsFailed { detail })
                 }
             };
-        approved.map(|_| ()).map_err(ControlError::from)
+        approved.map(|_| ()).map_err(|error| {
+            if let Some(rule) = error.rule() {
+                telemetry::egress_refused(rule);
+            }
+            ControlError::from(error)
+        })
     }
 
     fn event(&self, organization: &OrganizationId, what: What) -> Vec<Event> {

@@ -243,13 +243,19 @@ async fn take(store: &Store) -> Result<(PgConnection, i32), StoreError> {
         .with_max_delay(Duration::from_secs(2))
         .with_jitter()
         .without_max_times();
+    let mut is_told = false;
     (|| async {
         tokio::time::timeout(TAKE_BOUND, try_take(store))
             .await
             .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))
     })
     .retry(pauses)
-    .notify(|error, pause| tracing::warn!(%error, pause_s = pause.as_secs_f32(), "no incarnation yet"))
+    .notify(|error, _| {
+        // Once for each time without one: an outage of an hour is not to fill the log.
+        if !std::mem::replace(&mut is_told, true) {
+            tracing::warn!(%error, "no incarnation yet; trying until there is one");
+        }
+    })
     .await
 }
 

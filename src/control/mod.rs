@@ -36,6 +36,8 @@ use request::{Command, Request};
 const CHANGE_LIMIT: Duration = Duration::from_secs(9);
 /// The last resort; the steps end before it.
 const REPLY_LIMIT: Duration = Duration::from_millis(9800);
+/// For the audit log there is always so much time.
+const AUDIT_MIN: Duration = Duration::from_millis(600);
 /// Looking up a host.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(3500);
 
@@ -166,7 +168,9 @@ impl Control {
         if call.request.command.is_none() {
             return;
         }
-        if let Err(error) = self.store.record_audit(call.audit(outcome)).await {
+        // Many commands at once wait for the same sessions, and a refusal is not to be missing for that.
+        let limit = call.by.saturating_duration_since(Instant::now()).max(AUDIT_MIN);
+        if let Err(error) = self.store.record_audit(call.audit(outcome), limit).await {
             tracing::warn!(%error, outcome, "a control command is missing in the audit log");
         }
     }

@@ -21,6 +21,11 @@ pub(super) enum Done {
     Badly,
 }
 
+/// An argument that was understood but cannot be used; the message names it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct BadArgument(pub(super) String);
+
 /// Prints the error, if there is one, and chooses the code.
 pub(super) fn code(result: &anyhow::Result<Done>) -> ExitCode {
     match result {
@@ -31,7 +36,13 @@ pub(super) fn code(result: &anyhow::Result<Done>) -> ExitCode {
             use std::io::Write;
             // With standard error gone too, the exit code has to do.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::from(if is_away(error) { UNREACHABLE } else { FAILED })
+            ExitCode::from(if error.downcast_ref::<BadArgument>().is_some() {
+                USAGE
+            } else if is_away(error) {
+                UNREACHABLE
+            } else {
+                FAILED
+            })
         }
     }
 }
@@ -79,6 +90,12 @@ mod tests {
             shown(RpcError::from(BrokerError::Missing { object: "the queue x".into() }).into()),
             failed
         );
+    }
+
+    #[test]
+    fn an_argument_that_cannot_be_used_is_a_usage_error() {
+        let error = anyhow::Error::from(BadArgument("--lane x".into())).context("sending");
+        assert_eq!(shown(error), format!("{:?}", ExitCode::from(USAGE)));
     }
 
     #[test]

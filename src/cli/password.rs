@@ -14,7 +14,7 @@ const PASSWORD_MAX: u64 = 4096;
 /// Where the SMTP password comes from.
 #[derive(Debug, Args)]
 pub(super) struct PasswordArgs {
-    /// Read the SMTP password from this file (`-`: standard input); without it a terminal is asked
+    /// Read the SMTP password from this file (`-`: standard input)
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
     /// Read the SMTP password from standard input
@@ -23,15 +23,17 @@ pub(super) struct PasswordArgs {
 }
 
 impl PasswordArgs {
-    /// The password, asked for where no argument says where it is.
+    /// The password, where no argument says where it is from standard input: a terminal is asked, anything else read.
     ///
     /// # Errors
-    /// When there is neither an argument nor a terminal, or what was read is no password.
+    /// When what was read is no password.
     pub(super) fn required(&self) -> anyhow::Result<SecretString> {
         match self.given()? {
             Some(password) => Ok(password),
             None if std::io::stdin().is_terminal() => ask(),
-            None => bail!("the SMTP password is missing: give --password-file FILE or --password-stdin"),
+            None => read(std::io::stdin()).context(
+                "the SMTP password is missing on standard input; put it there or give --password-file FILE",
+            ),
         }
     }
 

@@ -29,12 +29,15 @@ use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
 use crate::model::event::{Event, What};
 use crate::model::organization::OrganizationId;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
+use crate::telemetry;
 use request::{Command, Request};
 
 /// A reply comes within 10 s (contract section 4): by then a change is over, one way or the other.
 const CHANGE_LIMIT: Duration = Duration::from_secs(9);
 /// The last resort; the steps end before it.
 const REPLY_LIMIT: Duration = Duration::from_millis(9800);
+/// For the audit log there is always so much time.
+const AUDIT_MIN: Duration = Duration::from_millis(600);
 /// Looking up a host.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(3500);
 
@@ -165,7 +168,9 @@ impl Control {
         if call.request.command.is_none() {
             return;
         }
-        if let Err(error) = self.store.record_audit(call.audit(outcome)).await {
+        // Many commands at once wait for the same sessions, and a refusal is not to be missing for that.
+        let limit = call.by.saturating_duration_since(Instant::now()).max(AUDIT_MIN);
+        if let Err(error) = self.store.record_audit(call.audit(outcome), limit).await {
             tracing::warn!(%error, outcome, "a control command is missing in the audit log");
         }
     }
@@ -188,7 +193,12 @@ impl Control {
                     Err(EgressError::DnsFailed { detail })
                 }
             };
-        approved.map(|_| ()).map_err(ControlError::from)
+        approved.map(|_| ()).map_err(|error| {
+            if let Some(rule) = error.rule() {
+                telemetry::egress_refused(rule);
+            }
+            ControlError::from(error)
+        })
     }
 
     fn event(&self, organization: &OrganizationId, what: What) -> Vec<Event> {

@@ -62,7 +62,7 @@ impl Desk {
     pub async fn refuse(&self, delivery: InHand<'_>, refusal: Refusal) {
         let facts = refusal.key.as_ref().map(|key| JobFacts {
             job_id: key.id,
-            kind: refusal.kind.clone().unwrap_or_default(),
+            kind: refusal.kind.clone(),
             group: None,
         });
         let organization_id = refusal.key.and_then(|key| key.organization);

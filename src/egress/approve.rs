@@ -85,6 +85,15 @@ impl EgressError {
             Self::DnsFailed { .. } => "dns_failed",
         }
     }
+
+    /// The rule that refused the connection, a fixed word for a metric's label; none where a look-up failed.
+    pub fn rule(&self) -> Option<&'static str> {
+        match self {
+            Self::HostNotPublic { refusal } => Some(refusal.label()),
+            Self::PortNotAllowed { .. } => Some(self.reason_code()),
+            Self::HostNotFound | Self::DnsFailed { .. } => None,
+        }
+    }
 }
 
 impl From<LookUpError> for EgressError {

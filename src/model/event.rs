@@ -30,8 +30,9 @@ pub struct Event {
 pub struct JobFacts {
     /// The publisher's id.
     pub job_id: Uuid,
-    /// The publisher's slug.
-    pub kind: String,
+    /// The publisher's slug; none where what was given is not one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
     /// The booking, when the job has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
@@ -120,7 +121,7 @@ impl Event {
     pub fn of_job(at: OffsetDateTime, job: &Job, what: What) -> Self {
         let facts = JobFacts {
             job_id: job.key.id,
-            kind: job.kind.clone(),
+            kind: Some(job.kind.clone()),
             group: job.group.as_ref().map(|revision| revision.group.clone()),
         };
         Self { at, organization_id: job.key.organization.clone(), job: Some(facts), what }
@@ -134,6 +135,8 @@ impl Event {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -147,5 +150,15 @@ mod tests {
             serde_json::json!({"type": "smtp_config.updated", "at": "2026-11-22T20:00:00Z", "organization_id": "acme", "version": 3})
         );
         assert_eq!(json["type"], event.what.routing_key());
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_left_out() {
+        let at = time::macros::datetime!(2026-11-22 20:00 UTC);
+        let job = Some(JobFacts { job_id: Uuid::nil(), kind: None, group: None });
+        let event = Event { at, organization_id: None, job, what: What::Dead { reason: Reason::Malformed } };
+        let json = serde_json::to_value(&event).unwrap();
+        assert!(json.get("kind").is_none() && json.get("group").is_none(), "{json}");
+        assert_eq!((&json["job_id"], &json["organization_id"]), (&json!(Uuid::nil()), &json!(null)));
     }
 }

@@ -21,7 +21,7 @@ use super::reply::{RawReply, dial_fault, egress_fault, protocol};
 use super::session::{Session, SessionFacts, drive};
 use super::stream::{Channel, Deadlines, Io, SharedChannel};
 use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault};
-use crate::egress::{ApprovedAddr, Egress, EgressError, OperatorsHost, ServerHost, dial};
+use crate::egress::{ApprovedAddr, Egress, OperatorsHost, ServerHost, dial};
 use crate::model::failure::{Failure, Fault, Phase};
 use crate::model::policy;
 use crate::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
@@ -208,8 +208,8 @@ impl Opening<'_> {
             }
         };
         approved.map_err(|error| {
-            if let EgressError::HostNotPublic { refusal } = &error {
-                self.connector.observer.egress_refused(refusal.label());
+            if let Some(rule) = error.rule() {
+                self.connector.observer.egress_refused(rule);
             }
             egress_fault(&error)
         })

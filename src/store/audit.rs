@@ -8,9 +8,6 @@ use sqlx::PgConnection;
 use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 
-/// An entry of its own; nobody's change depends on it.
-const INSERT_LIMIT: Duration = Duration::from_millis(500);
-
 /// One row of the audit log.
 #[derive(Debug, Clone, Copy)]
 pub struct AuditEntry<'a> {
@@ -32,9 +29,10 @@ impl Store {
     /// Writes an entry for a command that changed nothing.
     ///
     /// # Errors
-    /// When the database does not take it.
-    pub async fn record_audit(&self, entry: AuditEntry<'_>) -> Result<(), StoreError> {
-        self.on_session_within(INSERT_LIMIT, async |session| insert(session, entry).await).await
+    /// When the database did not take it within `limit`.
+    pub async fn record_audit(&self, entry: AuditEntry<'_>, limit: Duration) -> Result<(), StoreError> {
+        // Half of it for a session of the pool, half for the statement.
+        self.on_session_within(limit / 2, async |session| insert(session, entry).await).await
     }
 }
 

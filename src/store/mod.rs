@@ -44,6 +44,8 @@ pub const OLDEST_SERVER: u32 = 13;
 const STATEMENT_BOUND: Duration = Duration::from_secs(15);
 /// Longest wait for a connection.
 const ACQUIRE_BOUND: Duration = Duration::from_secs(5);
+/// Longest wait for the reason why there was none.
+const REASON_BOUND: Duration = Duration::from_secs(1);
 
 /// A handle on the database; cheap to clone. It connects when it is first used, and again after a loss.
 #[derive(Clone)]
@@ -199,6 +201,18 @@ impl Store {
         tokio::time::timeout(ACQUIRE_BOUND, connecting).await.map_err(silence)?
     }
 
+    /// The pool tries to connect for as long as it may, and then keeps to itself what stood in the way: one more try, for
+    /// the reason.
+    async fn why_no_session(&self) -> StoreError {
+        let server = format!("{}:{}", self.options.get_host(), self.options.get_port());
+        match tokio::time::timeout(REASON_BOUND, self.options.clone().connect()).await {
+            Ok(Ok(_)) => StoreError::Unavailable("every connection to it is in use".into()),
+            Ok(Err(sqlx::Error::Io(error))) => StoreError::Unavailable(format!("{server}: {error}")),
+            Ok(Err(error)) => error.into(),
+            Err(_) => StoreError::Unavailable(format!("{server} does not answer")),
+        }
+    }
+
     /// Runs statements on a connection of the pool, all of them within [`STATEMENT_BOUND`]. A connection that did not
     /// answer is thrown away: the pool would wait for it.
     async fn on_session<T>(
@@ -214,8 +228,13 @@ impl Store {
         limit: Duration,
         statements: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let mut session = tokio::time::timeout(limit, self.pool.acquire()).await.map_err(silence)??;
-        match tokio::time::timeout(limit, statements(&mut session)).await {
+        let deadline = tokio::time::Instant::now() + limit;
+        let mut session =
+            match tokio::time::timeout_at(deadline, self.pool.acquire()).await.map_err(silence)? {
+                Err(sqlx::Error::PoolTimedOut) => return Err(self.why_no_session().await),
+                acquired => acquired?,
+            };
+        match tokio::time::timeout_at(deadline, statements(&mut session)).await {
             Ok(result) => Ok(result?),
             Err(elapsed) => {
                 session.close_on_drop();

@@ -34,8 +34,8 @@ const SHOWN: &str = concat!(
     shown_columns!(),
     " FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1"
 );
-/// For a person who waits for an answer: to get a connection, and again to get the row.
-const READ_LIMIT: Duration = Duration::from_secs(2);
+/// For a person who waits for an answer.
+const READ_LIMIT: Duration = Duration::from_secs(4);
 
 /// The configurations, with the keys that their credentials are sealed under. Cheap to clone.
 #[derive(Clone)]

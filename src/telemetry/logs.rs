@@ -10,8 +10,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-/// What the worker logs unless `RUST_LOG` says otherwise.
-pub const WORKER_FILTER: &str = "info";
+/// What the worker logs unless `RUST_LOG` says otherwise. The broker library's ERROR lines are left out: every loss has a
+/// line of our own, and theirs come at an orderly stop too.
+pub const WORKER_FILTER: &str = "info,lapin=off";
 /// What every other command logs unless `RUST_LOG` says otherwise: its answer is on standard output, and what the broker
 /// library complains of is in the command's own error.
 pub const COMMAND_FILTER: &str = "warn,lapin=off";

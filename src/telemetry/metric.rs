@@ -284,7 +284,7 @@ pub fn dead_letters(counts: &[(Reason, u64)]) {
     }
 }
 
-/// A connection was refused before it was made; `reason` is the egress policy's label.
+/// A host or port was refused, when it was to be saved or dialled; `reason` is the egress policy's label.
 pub fn egress_refused(reason: &'static str) {
     counter!(EGRESS_REFUSED, "reason" => reason).increment(1);
 }

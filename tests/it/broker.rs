@@ -325,7 +325,7 @@ fn smtp_event() -> Event {
     Event {
         at: FIRST_AT,
         organization_id: None,
-        job: Some(JobFacts { job_id: Uuid::from_u128(7), kind: "k".to_owned(), group: None }),
+        job: Some(JobFacts { job_id: Uuid::from_u128(7), kind: Some("k".to_owned()), group: None }),
         what: What::Dead { reason: Reason::Malformed },
     }
 }

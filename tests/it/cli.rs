@@ -151,13 +151,14 @@ fn a_dependency_that_is_away_has_its_own_exit_code() {
 fn a_job_that_the_worker_would_refuse_is_not_published() {
     let send = |more: &[&str]| sendoff(&[&["job", "send", "--subject", "x"][..], more].concat(), &[]);
     let refused = send(&["--to", "not an address", "--text", "y"]);
-    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(refused.status.code(), Some(2));
     assert!(
         stderr(&refused).contains("malformed") && stderr(&refused).contains("to"),
         "{}",
         stderr(&refused)
     );
     let lane = send(&["--to", "a@example.org", "--text", "y", "--lane", "express"]);
+    assert_eq!(lane.status.code(), Some(2));
     assert!(stderr(&lane).contains("notifications, reminders"), "{}", stderr(&lane));
     assert_eq!(send(&["--timeout", "3s"]).status.code(), Some(2));
 }
@@ -208,4 +209,6 @@ fn check_tells_of_every_part_and_fails_when_one_does() {
     for part in ["ok      settings", "ok      keys", "FAILED  database", "FAILED  broker", "FAILED  dns"] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    let database = text.lines().find(|line| line.contains("database")).unwrap();
+    assert!(database.contains(&format!("127.0.0.1:{port}")) && database.contains("refused"), "{database}");
 }

@@ -249,3 +249,25 @@ async fn a_job_without_any_server_for_it_is_dead() {
     worker.stop().await;
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_of_a_host_or_port_is_counted_under_its_rule() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__EGRESS__ALLOWED_PORTS", "587");
+    world.set("SENDOFF__EGRESS__ALLOW_NETWORKS", "");
+    let worker = world.worker().await;
+    world.commanded("feature.set", "7", json!({"feature": "custom-smtp-for-orgs", "enabled": true})).await;
+    for (host, port, code) in [("0x7f.1", 587, "host_not_public"), ("8.8.8.8", 22, "port_not_allowed")] {
+        let params = json!({"from_email": "a@acme.example", "from_name": "A", "host": host, "port": port,
+                            "username": "u", "password": "p"});
+        let command = json!({"command": "smtp_config.create", "organization_id": 7, "params": params});
+        let reply = world.control(command).await;
+        assert_eq!(reply["error"]["code"], code, "{reply}");
+    }
+    for rule in ["loopback", "port_not_allowed"] {
+        let series = format!("sendoff_egress_refused_total{{reason=\"{rule}\"}}");
+        assert_eq!(worker.metric(&series).await, 1.0, "{rule}");
+    }
+    worker.stop().await;
+    world.end().await;
+}

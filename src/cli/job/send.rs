@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::super::worker::duration;
 use crate::broker::wire::{self, WireLimits};
 use crate::broker::{Follower, JobSender};
-use crate::cli::exit::Done;
+use crate::cli::exit::{BadArgument, Done};
 use crate::cli::output;
 use crate::clock::Clock;
 use crate::model::job::Job;
@@ -93,7 +93,7 @@ pub(in crate::cli) async fn run(args: &SendArgs, settings: &Settings) -> anyhow:
         max_message_bytes: settings.limits.max_message_bytes,
     };
     let job = wire::parse_job(&body, &limits)
-        .map_err(|refusal| anyhow!("the job is {}: {}", refusal.reason, refusal.detail))?;
+        .map_err(|refusal| BadArgument(format!("the job is {}: {}", refusal.reason, refusal.detail)))?;
     let lane = lane(args.lane.as_deref(), &settings.amqp.lanes)?;
     let routing_key = routing_key(lane, &job.kind);
 
@@ -178,7 +178,8 @@ fn lane<'a>(name: Option<&str>, lanes: &'a [Lane]) -> anyhow::Result<&'a Lane> {
     match name {
         Some(name) => named(name).ok_or_else(|| {
             let known: Vec<_> = lanes.iter().map(|lane| lane.name.as_str()).collect();
-            anyhow!("--lane `{name}` is not one of the settings' lanes: {}", known.join(", "))
+            let known = known.join(", ");
+            BadArgument(format!("--lane `{name}` is not one of the settings' lanes: {known}")).into()
         }),
         None => named(LANE).or(lanes.first()).ok_or_else(|| anyhow!("the settings list no lane")),
     }

@@ -50,8 +50,8 @@ pub(in crate::cli) struct DeleteArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  sendoff org smtp create 42 --host smtp.example.org --port 587 --username mailer \
-    --from-email bookings@example.org --from-name Bookings\n\nThe password is asked for on a terminal, else it comes from \
-    --password-file or --password-stdin."
+    --from-email bookings@example.org --from-name Bookings\n\nThe password comes from --password-file or from \
+    standard input; a terminal is asked for it."
 )]
 pub(in crate::cli) struct CreateArgs {
     #[command(flatten)]

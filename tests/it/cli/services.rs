@@ -249,6 +249,15 @@ async fn an_organizations_server_is_managed_without_its_password_being_shown() {
     let (output, command) = tokio::join!(child.wait_with_output(), house.answer(&control));
     assert_eq!(command["params"]["password"], "canary-password", "a line's end is no part of it");
     assert_eq!(output.unwrap().status.code(), Some(0));
+    let unflagged = &rest[..4];
+    let mut child = house.command(&[&create[..], unflagged].concat()).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"canary-password").await.unwrap();
+    let (output, command) = tokio::join!(child.wait_with_output(), house.answer(&control));
+    assert_eq!(
+        command["params"]["password"], "canary-password",
+        "what is no terminal is read without being asked to"
+    );
+    assert_eq!(output.unwrap().status.code(), Some(1), "there is one already");
 
     let (shown, _) =
         tokio::join!(house.done(&["org", "smtp", "show", "42", "--json"]), house.answer(&control));

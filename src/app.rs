@@ -374,7 +374,7 @@ async fn watch_keys(
                 true
             }
             Ok(report) => {
-                let ids: Vec<&str> = report.missing_keys.iter().map(String::as_str).collect();
+                let ids: Vec<String> = report.missing_keys.iter().map(|id| format!("`{id}`")).collect();
                 let problem = format!(
                     "encryption.keys lacks {}, which configurations are sealed under",
                     ids.join(", ")

@@ -133,6 +133,10 @@ impl Mailbox {
         };
         let (name, email) = inner.rsplit_once('<').ok_or(InvalidAddress::Shape)?;
         let email = EmailAddress::parse(email)?;
+        // A line break behind an address is no part of a name: somebody tries to add a command or a recipient.
+        if name.contains('@') && text::has_forbidden_control(name) {
+            return Err(InvalidAddress::Control);
+        }
         let name = name.trim();
         match name.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
             Some(quoted) => Self::named(&unescaped(quoted), email),
@@ -256,6 +260,14 @@ mod tests {
             EmailAddress::parse(&format!("{}@b.c", "a".repeat(65))).unwrap_err(),
             InvalidAddress::TooLong
         );
+    }
+
+    #[test]
+    fn an_address_with_a_second_one_behind_a_line_break_is_no_name() {
+        let injected = "a@b.c\r\nRCPT TO:<x@y.z>";
+        assert_eq!(Mailbox::parse(injected).unwrap_err(), InvalidAddress::Control);
+        assert_eq!(Mailbox::parse("Ann\r\nLee <a@b.c>").unwrap().name.as_deref(), Some("Ann Lee"));
+        assert_eq!(Mailbox::parse("ann@home <a@b.c>").unwrap().name.as_deref(), Some("ann@home"));
     }
 
     #[test]

@@ -251,7 +251,9 @@ async fn take(store: &Store) -> Result<(PgConnection, i32), StoreError> {
     })
     .retry(pauses)
     .notify(|error, _| {
-        if !std::mem::replace(&mut said, true) {
+        if std::mem::replace(&mut said, true) {
+            tracing::debug!(%error, "still no incarnation");
+        } else {
             tracing::warn!(%error, "no incarnation yet; trying on");
         }
     })

@@ -43,7 +43,7 @@ async fn a_worker_that_gets_no_incarnation_takes_no_job_from_its_lane() {
     }
     eventually("the worker says that it is not ready", async || worker.get("/readyz").await.0 == 503).await;
     // The worker's own attempts to get on, of which a lane that went on meanwhile would have seen many rounds.
-    eventually("some attempts", async || worker.log().matches("no incarnation yet").count() > 4).await;
+    eventually("some attempts", async || worker.log().matches("still no incarnation").count() > 4).await;
     let returned = r#"sendoff_jobs_settled_total{lane="notifications",outcome="requeued"}"#;
     let returned = worker.metric(returned).await;
     assert!(returned <= 10.0, "{returned} returns of 5 jobs: {}", worker.log());

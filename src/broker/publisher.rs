@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
+use super::connection::BrokerError;
 use super::headers::{self, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
@@ -176,6 +177,18 @@ impl Publisher {
         let mut ours = headers::job_headers(lane, &job.routing_key, &headers);
         ours.extend(headers::death_headers(death.reason, death.detail, death.died_at));
         self.copy(&self.shared.names.dead(), &job.routing_key, job, ours).await
+    }
+
+    /// Declares the topology again: for what somebody deleted under a running worker.
+    ///
+    /// # Errors
+    /// When it cannot be declared; nothing is tried while there is no connection.
+    pub async fn declare(&self) -> Result<(), BrokerError> {
+        let live = self.shared.link.borrow().clone();
+        match live {
+            Some(live) => live.declare().await,
+            None => Ok(()),
+        }
     }
 
     /// Announces an event under its type. Nobody has to listen.

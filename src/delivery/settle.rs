@@ -31,6 +31,8 @@ const OWED_PAUSE: Duration = Duration::from_millis(500);
 /// For what may be tried again very soon.
 const SHORTEST_ASIDE_S: u32 = ASIDE_S[0];
 
+/// What is published to may be missing for a moment, during somebody's maintenance; then it is declared again.
+const TRIES_BEFORE_DECLARING: u32 = 20;
 /// Header of a dead letter that is for some recipients only: their positions in the job, comma-separated.
 const RECIPIENTS: &str = "sendoff-recipients";
 
@@ -376,8 +378,7 @@ impl Desk {
     where
         F: Future<Output = Result<(), PublishError>>,
     {
-        let mut complained = false;
-        loop {
+        for tries in 1_u32.. {
             let error = tokio::select! {
                 biased;
                 () = self.shutdown.stop_now() => return Err(Stopped),
@@ -386,11 +387,24 @@ impl Desk {
                     Err(error) => error,
                 },
             };
-            if !complained {
+            if tries == 1 {
                 tracing::warn!(what, %error, "a publish was not confirmed; it is tried until it is");
-                complained = true;
+            }
+            if tries.is_multiple_of(TRIES_BEFORE_DECLARING)
+                && matches!(error, PublishError::Unroutable { .. })
+            {
+                self.declare_again().await;
             }
             self.pause().await?;
+        }
+        Err(Stopped)
+    }
+
+    /// What it publishes to is not there: somebody deleted it under the running worker.
+    async fn declare_again(&self) {
+        tracing::warn!("a queue or an exchange is missing; declaring the topology again");
+        if let Err(error) = self.publisher.declare().await {
+            tracing::warn!(%error, "cannot declare the topology");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::broker::wire::{self, WireLimits};
 use crate::clock::Clock;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
-use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver};
+use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver, State};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -266,8 +266,8 @@ impl Worker {
         }))
     }
 
-    /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, made by this worker, or
-    /// owed by one whose lock is held and has been for longer than a lock can outlive its worker.
+    /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, or made by this worker;
+    /// for a dead letter it is enough that its recorder's lock has been held for longer than a lock can outlive its worker.
     async fn judge_stale(&self, key: &JobKey, hand_over: HandOver) -> Result<TakeUp, StoreError> {
         if hand_over.taken_up {
             return Ok(TakeUp::Duplicate);
@@ -278,6 +278,10 @@ impl Worker {
             return Ok(if owed { TakeUp::Aside(HELD_WAIT_S) } else { TakeUp::Duplicate });
         }
         Ok(match self.incarnations.is_alive(hand_over.owner).await? {
+            // It may still owe the current copy, and die of it: this one waits until that one is taken up.
+            Liveness::Alive if hand_over.state == State::Deferred => {
+                TakeUp::Aside(self.limits.retry.schedule.queue_for_s(hand_over.wait))
+            }
             Liveness::Alive if hand_over.age >= LOCK_OUTLIVES => TakeUp::Duplicate,
             Liveness::Alive | Liveness::Suspect => TakeUp::Aside(HELD_WAIT_S),
             Liveness::Dead => TakeUp::Repeat(hand_over),

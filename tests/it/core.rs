@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lapin::options::{BasicGetOptions, BasicNackOptions, QueueDeleteOptions};
+use lapin::options::{BasicGetOptions, BasicNackOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use sendoff::model::ledger::State;
 use serde_json::json;
 
@@ -156,6 +156,51 @@ async fn a_copy_is_kept_for_as_long_as_the_worker_still_owes_the_one_after_it() 
     world.event("email.sent", id).await;
     eventually("the second copy goes", async || settled("duplicate").await >= 1.0).await;
     assert_eq!(world.platform.messages().len(), 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_copy_that_meets_another_workers_retry_waits_as_long_as_the_retry_does() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
+    world.platform.rule(Rule::new(Stage::Mail, Action::reply("451 4.3.0 later")));
+    let recorder = world.worker().await;
+    let job = job(None);
+    let id = world.publish(&job).await;
+    world.event("email.deferred", id).await;
+
+    // Its lock stays held, so it counts as alive, and it may still owe the copy for all that anybody can know.
+    let other = world.worker().await;
+    recorder.signal("STOP").await;
+    for _ in 0..4 {
+        world.publish(&job).await;
+    }
+    let waiting = world.broker.name("retry.notifications.30");
+    eventually("a copy waits", async || world.broker.count(&waiting).await.unwrap_or_default() >= 1).await;
+    let sent =
+        other.metric(r#"sendoff_attempts_total{transport="platform",result="sent",reason="none"}"#).await;
+    assert_eq!(sent, 0.0);
+    other.stop().await;
+    recorder.kill().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_events_exchange_that_somebody_deletes_is_declared_again_and_holds_nothing_up_for_long() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let channel = world.broker.channel().await;
+    let exchange = world.broker.name("events");
+    channel
+        .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
+        .await
+        .expect("deleted");
+    let id = world.publish(&job(None)).await;
+    world.state(None, id, State::Sent).await;
+    let settled = r#"sendoff_jobs_settled_total{lane="notifications",outcome="sent"}"#;
+    eventually("the job is settled", async || worker.metric(settled).await >= 1.0).await;
+    assert!(worker.log().contains("declaring the topology again"), "{}", worker.log());
     worker.stop().await;
     world.end().await;
 }

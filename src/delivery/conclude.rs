@@ -140,3 +140,7 @@ fn last_words(cause: Option<Reason>, detail: &str) -> String {
         None => detail.to_owned(),
     }
 }
+
+#[cfg(test)]
+#[path = "conclude_tests.rs"]
+mod tests;

@@ -1,0 +1,112 @@
+//! What is recorded of an attempt, recipient by recipient.
+
+use std::time::Duration;
+
+use time::macros::datetime;
+
+use super::*;
+use crate::broker::wire::{WireLimits, parse_job};
+use crate::model::ledger::{Incarnation, Turn};
+use crate::model::schedule::Schedule;
+
+const NOW: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
+
+fn job() -> Job {
+    let body = br#"{"version": 1, "id": "0198c0de-0000-7000-8000-000000000001", "kind": "k", "subject": "s", "text": "t",
+        "to": ["a@x.example", "b@x.example", "c@x.example"]}"#;
+    let limits = WireLimits { max_recipients: 10, max_message_bytes: 10_000 };
+    parse_job(body, &limits).unwrap_or_else(|refusal| panic!("{}", refusal.detail))
+}
+
+fn claimed() -> Claimed {
+    Claimed {
+        owner: Incarnation(1),
+        turn: Turn(0),
+        attempts: 0,
+        first_at: NOW,
+        now: NOW,
+        message_id: "<1@x.example>".into(),
+        pending: None,
+        refused: vec![],
+        partly_sent: false,
+        orphan: None,
+        crashes: 0,
+        unknowns: 0,
+        newest_sequence: None,
+        custom_smtp: false,
+        config_version: None,
+    }
+}
+
+fn concluded(claimed: &Claimed, report: &Report) -> Conclusion {
+    let limits = RetryLimits { schedule: Schedule::new(vec![10]), max_age: Duration::from_secs(3600) };
+    conclude(&job(), claimed, report, false, &limits, NOW)
+}
+
+fn refused(index: u16) -> RefusedRecipient {
+    RefusedRecipient { index, code: 550, reason: Reason::RecipientsRefused }
+}
+
+fn retry() -> Option<Verdict> {
+    Some(Verdict::Retry { reason: Reason::RecipientsRefused, at_least: None, feedback: Feedback::Neutral })
+}
+
+#[test]
+fn a_job_whose_recipients_all_accepted_is_sent() {
+    let conclusion = concluded(&claimed(), &Report { accepted: vec![0, 1, 2], ..Report::default() });
+    assert!(matches!(conclusion.settlement, Settlement::Sent));
+    assert_eq!((conclusion.attempts, conclusion.pending, conclusion.partly_sent), (1, None, true));
+}
+
+#[test]
+fn recipients_that_are_left_are_tried_alone() {
+    let report = Report {
+        accepted: vec![0],
+        refused: vec![refused(1)],
+        later: vec![2],
+        verdict: retry(),
+        ..Report::default()
+    };
+    let conclusion = concluded(&claimed(), &report);
+    let wait = Duration::from_secs(10);
+    assert!(matches!(conclusion.settlement, Settlement::Deferred { wait: w, .. } if w == wait));
+    assert_eq!((conclusion.pending, conclusion.refused), (Some(vec![2]), vec![refused(1)]));
+}
+
+#[test]
+fn a_recipient_whose_retries_end_is_refused_where_others_have_the_message() {
+    let before = Claimed { attempts: 1, pending: Some(vec![2]), partly_sent: true, ..claimed() };
+    let conclusion = concluded(&before, &Report { later: vec![2], verdict: retry(), ..Report::default() });
+    assert!(matches!(conclusion.settlement, Settlement::Sent));
+    let given_up = RefusedRecipient { index: 2, code: 0, reason: Reason::RetriesExhausted };
+    assert_eq!((conclusion.refused, conclusion.pending), (vec![given_up], None));
+    assert!(conclusion.detail.contains("last cause recipients_refused"), "{}", conclusion.detail);
+}
+
+#[test]
+fn a_job_that_nobody_accepted_is_dead() {
+    let report = Report { refused: vec![refused(0), refused(1), refused(2)], ..Report::default() };
+    let dead = concluded(&claimed(), &report);
+    assert!(matches!(dead.settlement, Settlement::Dead { reason: Reason::RecipientsRefused, .. }));
+    assert_eq!(dead.refused.len(), 3);
+}
+
+#[test]
+fn a_gate_that_was_shut_for_good_ends_the_job_with_its_reason() {
+    for (shut, reason) in [(Shut::Expired, Reason::Expired), (Shut::Superseded(7), Reason::Superseded)] {
+        let report = Report { later: vec![0, 1, 2], shut: Some(shut), ..Report::default() };
+        let conclusion = concluded(&claimed(), &report);
+        assert!(
+            matches!(conclusion.settlement, Settlement::Dead { reason: r, .. } if r == reason),
+            "{shut:?}"
+        );
+    }
+}
+
+#[test]
+fn an_unknown_outcome_is_counted() {
+    let report = Report { later: vec![0, 1, 2], verdict: Some(Verdict::Unknown), ..Report::default() };
+    let conclusion = concluded(&claimed(), &report);
+    assert!(matches!(conclusion.settlement, Settlement::Deferred { reason: Reason::UnknownOutcome, .. }));
+    assert_eq!((conclusion.unknowns, conclusion.pending), (1, None));
+}

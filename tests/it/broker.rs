@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lapin::BasicProperties;
-use lapin::options::{BasicPublishOptions, QueueDeclareOptions};
+use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldArray, FieldTable};
 use sendoff::broker::{
     Access, AmqpUrl, Broker, BrokerError, DeadLetter, Delivery, JobHeaders, JobSender, PublishError,
@@ -690,53 +690,4 @@ async fn a_resource_alarm_stops_publishes_but_no_acknowledgement_and_a_killed_br
     assert_eq!(kept.ack().await, Settled::Done);
     broker.close().await;
     drop(private);
-}
-
-/// Figures for the record; run with `--ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement, not a test"]
-async fn throughput() {
-    const JOBS: usize = 20_000;
-    let test = TestBroker::new("throughput", &[600]).await;
-    let mut settings = test.settings();
-    for lane in &mut settings.lanes {
-        lane.prefetch = 512;
-    }
-    test.declare().await;
-    let channel = test.channel().await;
-    let body = vec![b'x'; 2000];
-    let mut confirms = Vec::new();
-    for _ in 0..JOBS {
-        let options = BasicPublishOptions::default();
-        let (exchange, properties) = (test.name("jobs"), BasicProperties::default().with_delivery_mode(2));
-        let sent =
-            channel.basic_publish(exchange.into(), "notification.x".into(), options, &body, properties).await;
-        confirms.push(sent.expect("published"));
-    }
-    for confirm in confirms {
-        confirm.await.expect("confirmed");
-    }
-    let broker = Broker::start(settings, Arc::new(|_: &str| {}));
-    let mut lane = broker.lane("notifications").expect("a lane");
-    let first = next(&mut lane).await;
-    let (job, began) = (first.received().clone(), std::time::Instant::now());
-    assert_eq!(first.ack().await, Settled::Done);
-    for _ in 1..JOBS {
-        let delivery = next(&mut lane).await;
-        tokio::spawn(async move { delivery.ack().await });
-    }
-    println!("consume and ack: {:.0}/s", JOBS as f64 / began.elapsed().as_secs_f64());
-    let (publisher, began) = (broker.publisher(), std::time::Instant::now());
-    let tasks: Vec<_> = (0..JOBS)
-        .map(|_| {
-            let (publisher, job) = (publisher.clone(), job.clone());
-            tokio::spawn(async move { publisher.retry(&job, "notifications", 600, headers(1, 1)).await })
-        })
-        .collect();
-    for task in tasks {
-        task.await.expect("no panic").expect("published");
-    }
-    println!("publish and confirm: {:.0}/s", JOBS as f64 / began.elapsed().as_secs_f64());
-    broker.close().await;
-    test.clean_up().await;
 }

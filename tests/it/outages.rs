@@ -212,8 +212,22 @@ async fn connections_that_are_cut_again_and_again_cost_no_job_and_no_duplicate()
     all.expect("every job is sent");
     all_sent(&world.database.store(), &jobs).await;
     assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (JOBS, JOBS));
+    // Deliveries whose acknowledgement was cut off come once more, and go without a further message.
+    let lane = world.broker.name("jobs.notifications");
+    eventually("every delivery is settled", async || {
+        let of =
+            |outcome| format!(r#"sendoff_jobs_settled_total{{lane="notifications",outcome="{outcome}"}}"#);
+        let received = worker.metric(r#"sendoff_jobs_received_total{lane="notifications"}"#).await;
+        let mut settled = 0.0;
+        for outcome in ["sent", "duplicate", "requeued", "deferred", "dead"] {
+            settled += worker.metric(&of(outcome)).await;
+        }
+        world.broker.count(&lane).await == Some(0) && received == settled
+    })
+    .await;
     worker.stop().await;
-    world.broker.wait_count(&world.broker.name("jobs.notifications"), 0).await;
+    world.broker.wait_count(&lane, 0).await;
+    assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (JOBS, JOBS));
     world.end().await;
 }
 

@@ -11,10 +11,10 @@ use crate::clock::Clock;
 use crate::model::event::{Event, JobFacts, RefusedRecipient, What};
 use crate::model::failure::{Reason, Reply};
 use crate::model::job::{Job, JobKey};
-use crate::model::ledger::{Claimed, HandOver, Settle, SettleAnswer, Settlement, State};
+use crate::model::ledger::{Claimed, HandOver, JobStatus, Settle, SettleAnswer, Settlement, State};
 use crate::model::policy::RetryLimits;
 use crate::model::schedule::ASIDE_S;
-use crate::model::smtp_settings::Destination;
+use crate::model::smtp_settings::{Destination, ORGANIZATION, PLATFORM};
 use crate::shutdown::Shutdown;
 use crate::store::{Ledger, Store, StoreError};
 use crate::telemetry::{self, Outcome};
@@ -113,12 +113,7 @@ impl Desk {
             self.bury_refused(delivery, &status.refused, &detail, headers).await?;
             self.announce(&Event::of_job(self.clock.now(), job, death(first.reason))).await?;
         }
-        let transport = status.history.last().map(|attempt| attempt.transport.as_str());
-        let transport = if transport == Some("platform") || job.key.organization.is_none() {
-            Destination::Platform.transport()
-        } else {
-            "organization"
-        };
+        let transport = transport_so_far(job, Some(&status));
         let message_id = status.message_id.unwrap_or_default();
         let what = What::Sent { message_id, transport, recipients_refused: status.refused };
         self.announce(&Event::of_job(self.clock.now(), job, what)).await
@@ -197,7 +192,13 @@ impl Desk {
     ) {
         let conclusion = conclude_unattempted(job, &claimed, reason, detail);
         let settle = settle_of(&job.key, &claimed, &conclusion);
-        self.conclude(delivery, job, &claimed, "", settle, conclusion).await;
+        // Only a job that some recipients have is announced with the server that it went through.
+        let status = match claimed.partly_sent {
+            true => self.store.job_status(&job.key).await.ok().flatten(),
+            false => None,
+        };
+        let transport = transport_so_far(job, status.as_ref());
+        self.conclude(delivery, job, &claimed, transport, settle, conclusion).await;
     }
 
     /// An attempted job: records what came of it and hands it over.
@@ -433,6 +434,12 @@ impl Desk {
             () = tokio::time::sleep(OWED_PAUSE) => Ok(()),
         }
     }
+}
+
+/// The contract's `transport` of the attempts so far; a first attempt that succeeded leaves no record of it.
+fn transport_so_far(job: &Job, status: Option<&JobStatus>) -> &'static str {
+    let last = status.and_then(|status| status.history.last()).map(|attempt| attempt.transport.as_str());
+    if last == Some(PLATFORM) || job.key.organization.is_none() { PLATFORM } else { ORGANIZATION }
 }
 
 fn death(reason: Reason) -> What {

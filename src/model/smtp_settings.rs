@@ -82,6 +82,11 @@ impl SmtpAccount {
     }
 }
 
+/// The contract's `transport` of an organization's own server.
+pub const ORGANIZATION: &str = "organization";
+/// The contract's `transport` of the platform's server.
+pub const PLATFORM: &str = "platform";
+
 /// Which server a job goes to. One configuration version is one destination: an update starts a new one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Destination {
@@ -100,8 +105,8 @@ impl Destination {
     /// The contract's `transport`: `organization` or `platform`.
     pub fn transport(&self) -> &'static str {
         match self {
-            Self::Organization { .. } => "organization",
-            Self::Platform => "platform",
+            Self::Organization { .. } => ORGANIZATION,
+            Self::Platform => PLATFORM,
         }
     }
 }

@@ -204,3 +204,30 @@ async fn an_events_exchange_that_somebody_deletes_is_declared_again_and_holds_no
     worker.stop().await;
     world.end().await;
 }
+
+#[tokio::test]
+async fn a_job_that_some_have_and_whose_booking_has_changed_is_announced_with_its_server() {
+    let mut world = World::new().await;
+    // Long enough for the newer revision to come first.
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "5");
+    world.server.rule(Rule::new(Stage::Rcpt, Action::reply("451 4.2.0 greylisted")).nth(2).once());
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let of = |sequence: i64, to: serde_json::Value| {
+        let mut job = job(Some("acme"));
+        (job["group"], job["sequence"], job["to"]) = (json!("booking-1"), json!(sequence), to);
+        job
+    };
+    let old = world.publish(&of(1, json!(["ann@customer.example", "bob@customer.example"]))).await;
+    world.event("email.deferred", old).await;
+    let new = world.publish(&of(2, json!(["ann@customer.example"]))).await;
+    world.event("email.sent", new).await;
+
+    let sent = world.event("email.sent", old).await;
+    assert_eq!(sent["transport"], "organization");
+    assert_eq!(sent["recipients_refused"], json!([{"index": 1, "code": 0, "reason": "superseded"}]));
+    let envelopes: Vec<_> = world.server.messages().into_iter().map(|message| message.recipients).collect();
+    assert_eq!(envelopes, [["ann@customer.example"], ["ann@customer.example"]]);
+    worker.stop().await;
+    world.end().await;
+}

@@ -94,7 +94,8 @@ async fn a_changed_configuration_is_used_for_the_very_next_job() {
 
 #[tokio::test]
 async fn a_session_of_an_older_configuration_carries_nothing_for_the_newer_one() {
-    let world = World::new().await;
+    let mut world = World::new().await;
+    world.set("SENDOFF__SMTP__IDLE_TIMEOUT_S", "2");
     let worker = world.worker().await;
     world.organization("acme").await;
     let first = world.publish(&job(Some("acme"))).await;

@@ -262,13 +262,18 @@ impl Worker {
             }
             ClaimAnswer::NotYet { wait } => TakeUp::Aside(self.limits.retry.schedule.queue_for_s(wait)),
             ClaimAnswer::Closed(hand_over) => TakeUp::Repeat(hand_over),
-            ClaimAnswer::Stale(hand_over) => self.judge_stale(&job.key, hand_over).await?,
+            ClaimAnswer::Stale(hand_over) => self.judge_stale(delivery, &job.key, hand_over).await?,
         }))
     }
 
     /// A copy of an earlier turn goes once the current turn's copy is surely there: taken up already, or made by this worker;
     /// for a dead letter it is enough that its recorder's lock has been held for longer than a lock can outlive its worker.
-    async fn judge_stale(&self, key: &JobKey, hand_over: HandOver) -> Result<TakeUp, StoreError> {
+    async fn judge_stale(
+        &self,
+        delivery: &InHand<'_>,
+        key: &JobKey,
+        hand_over: HandOver,
+    ) -> Result<TakeUp, StoreError> {
         if hand_over.taken_up {
             return Ok(TakeUp::Duplicate);
         }
@@ -282,6 +287,9 @@ impl Worker {
             Liveness::Alive if hand_over.state == State::Deferred => {
                 TakeUp::Aside(self.limits.retry.schedule.queue_for_s(hand_over.wait))
             }
+            // Perhaps the recorder's own delivery, taken back from it: then nothing else brings the letter should it die owing
+            // it. A second letter of one death is harmless.
+            Liveness::Alive if delivery.received().redelivered => TakeUp::Repeat(hand_over),
             Liveness::Alive if hand_over.age >= LOCK_OUTLIVES => TakeUp::Duplicate,
             Liveness::Alive | Liveness::Suspect => TakeUp::Aside(HELD_WAIT_S),
             Liveness::Dead => TakeUp::Repeat(hand_over),

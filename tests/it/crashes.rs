@@ -92,6 +92,38 @@ async fn after_a_kill_behind_the_final_dot_one_job_is_sent_again_and_the_other_i
 }
 
 #[tokio::test]
+async fn a_dead_letter_that_a_living_worker_cannot_hand_over_is_handed_over_by_who_gets_its_delivery() {
+    let mut world = World::new().await;
+    let (proxy, through) = Proxy::before(&amqp_url()).await;
+    world.set("AMQP_URL", &through);
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "30");
+    let recorder = world.worker().await;
+    let go_on = Arc::new(Notify::new());
+    world.platform.rule(Rule::new(Stage::Banner, Action::Hold(go_on.clone())));
+    world.platform.rule(Rule::new(Stage::Mail, Action::reply("550 5.7.1 not you")));
+    let id = world.publish(&job(None)).await;
+    world.platform.wait_for(SOON, |seen| seen.open_sessions() == 1).await.expect("a connection");
+
+    // It records the death, cannot publish the letter, and loses its delivery, but keeps its lock.
+    proxy.stall();
+    go_on.notify_one();
+    world.state(None, id, State::Dead).await;
+    proxy.refuse();
+    world.set("AMQP_URL", &amqp_url());
+    let next = world.worker().await;
+    let (_, reason, _) = world.dead_letter().await;
+    assert_eq!(reason, "sender_refused");
+    assert_eq!(world.event("email.dead", id).await["reason"], "sender_refused");
+    recorder.kill().await;
+    next.stop().await;
+    for queue in ["jobs.notifications", "dead"] {
+        world.broker.wait_count(&world.broker.name(queue), 0).await;
+    }
+    assert_eq!(world.platform.seen(|seen| seen.count("MAIL")), 1);
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_job_whose_worker_was_killed_before_its_acknowledgement_is_announced_and_not_sent_again() {
     let mut world = World::new().await;
     let (proxy, through) = Proxy::before(&amqp_url()).await;

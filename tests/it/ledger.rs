@@ -1,6 +1,5 @@
 //! The ledger against a real PostgreSQL, with two workers.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -20,6 +19,7 @@ use sendoff::store::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::support::broker::eventually;
 use crate::support::database::TestDatabase;
 
 /// Between the two looks at a worker's lock, for these tests.
@@ -49,16 +49,6 @@ async fn two_workers() -> (TestDatabase, Worker, Worker) {
     let database = TestDatabase::migrated().await;
     let (a, b) = tokio::join!(worker(&database), worker(&database));
     (database, a, b)
-}
-
-/// Asks until the condition holds.
-async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
-    let waiting = async {
-        while !condition().await {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(SOON, waiting).await.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"));
 }
 
 fn key(number: u128) -> JobKey {

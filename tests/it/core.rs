@@ -18,13 +18,27 @@ async fn a_claim_is_given_back_when_the_configuration_cannot_be_read_after_it() 
     let first = world.publish(&job(Some("acme"))).await;
     world.event("email.sent", first).await;
 
-    // A change that no notification tells of is seen by the claim alone, and what it asks for next cannot be read.
     world.database.run("ALTER TABLE smtp_configs DISABLE TRIGGER USER").await;
-    world.database.run("UPDATE smtp_configs SET version = version + 1").await;
-    world.database.run("ALTER TABLE smtp_configs RENAME COLUMN host TO hidden").await;
-    let second = world.publish(&job(Some("acme"))).await;
-    worker.logs("the database refused to look at a job").await;
-    world.state(Some("acme"), second, State::Deferred).await;
+    // A worker that has just begun to listen for changes forgets what it read before: then the row is missed before
+    // the claim already, and the case is set up anew.
+    let mut claimed_first = false;
+    for _ in 0..10 {
+        // A change that no notification tells of is seen by the claim alone, and what it asks for next cannot be read.
+        world.database.run("UPDATE smtp_configs SET version = version + 1").await;
+        world.database.run("ALTER TABLE smtp_configs RENAME COLUMN host TO hidden").await;
+        let second = world.publish(&job(Some("acme"))).await;
+        worker.logs(&format!("put aside job=acme/{second}")).await;
+        let status = world.status(Some("acme"), second).await;
+        claimed_first = status.as_ref().is_some_and(|status| status.state == State::Deferred);
+        if claimed_first {
+            break;
+        }
+        assert!(status.is_none(), "{status:?}");
+        world.database.run("ALTER TABLE smtp_configs RENAME COLUMN hidden TO host").await;
+        let warming = world.publish(&job(Some("acme"))).await;
+        world.event("email.sent", warming).await;
+    }
+    assert!(claimed_first, "{}", worker.log());
     worker.stop().await;
     world.end().await;
 }

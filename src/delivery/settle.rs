@@ -149,8 +149,11 @@ impl Desk {
 
     /// Does a recorded hand-over once more: its recorder may have died before it.
     pub async fn repeat(&self, delivery: InHand<'_>, job: &Job, hand_over: HandOver) {
-        let headers =
-            JobHeaders { attempt: hand_over.attempts, first_at: hand_over.first_at, turn: hand_over.turn };
+        let headers = JobHeaders {
+            attempt: hand_over.attempts,
+            first_at: hand_over.counted_from(),
+            turn: hand_over.turn,
+        };
         let reason = hand_over.reason.unwrap_or(Reason::Internal);
         let now = self.clock.now();
         let done = async {
@@ -261,7 +264,8 @@ impl Desk {
             Ok(settled) => {
                 self.debts.pay(&job.key, owed);
                 if settled == Outcome::Sent {
-                    let since = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let published = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let since = claimed.replayed_at.unwrap_or(published);
                     let took = Duration::try_from(self.clock.now() - since).unwrap_or_default();
                     delivery.lane().metrics.job_took(took);
                 }
@@ -296,7 +300,7 @@ impl Desk {
             }
             Settlement::Deferred { reason, wait } => {
                 let delay_s = self.retry.schedule.queue_for_s(*wait);
-                let headers = next(claimed.turn.next());
+                let headers = JobHeaders { first_at: claimed.counted_from(), ..next(claimed.turn.next()) };
                 self.owe("retry", || self.retry_copy(delivery, delay_s, headers)).await?;
                 announce(What::Deferred { reason: *reason, next_attempt_at: now + *wait }).await?;
                 Ok(Outcome::Deferred)

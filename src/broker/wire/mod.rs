@@ -16,6 +16,7 @@ use crate::model::job::{Job, JobKey};
 use crate::model::text;
 
 pub use body::{AttachmentBody, CalendarBody, JobBody, MailboxBody};
+pub use validate::is_slug;
 
 /// The version this program reads and writes.
 pub const VERSION: i64 = 1;

@@ -29,7 +29,7 @@ const FILE_HEADERS_MIN: usize = 140;
 const GROUP_MAX: usize = 255;
 
 /// Whether a text is a kind: 1 to 64 of `[a-z0-9._-]`.
-pub(super) fn is_slug(text: &str) -> bool {
+pub fn is_slug(text: &str) -> bool {
     let allowed =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-');
     (1..=64).contains(&text.len()) && text.bytes().all(allowed)

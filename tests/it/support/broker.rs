@@ -126,6 +126,23 @@ impl TestBroker {
         self.topology.declare(&self.settings.access, &[]).await.expect("a fresh prefix can be declared");
     }
 
+    /// Declares the tap: a queue of the test's own with a copy of each dead letter from now on. A worker that runs empties
+    /// `P.dead` into the archive, so a test that wants to see a letter takes it from here.
+    pub async fn declare_tap(&self) {
+        let (tap, dead) = (self.tap(), self.name("dead"));
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        let declared = self.channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await;
+        declared.expect("a queue");
+        let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
+        let bound = self.channel.queue_bind(tap.into(), dead.into(), "".into(), options, arguments).await;
+        bound.expect("the exchange of the dead letters exists");
+    }
+
+    /// The tap's name.
+    pub fn tap(&self) -> String {
+        self.name("tap")
+    }
+
     /// A full name under the prefix, say `jobs.reminders`.
     pub fn name(&self, rest: &str) -> String {
         format!("{}.{rest}", self.prefix)
@@ -222,6 +239,7 @@ impl TestBroker {
             let options = QueueDeleteOptions::default();
             let _gone = self.channel.queue_delete(queue.name.as_str().into(), options).await;
         }
+        let _gone = self.channel.queue_delete(self.tap().into(), QueueDeleteOptions::default()).await;
         for exchange in &self.topology.exchanges {
             let options = ExchangeDeleteOptions::default();
             let _gone = self.channel.exchange_delete(exchange.name.as_str().into(), options).await;

@@ -135,6 +135,14 @@ impl Store {
         Ok(Page { letters, last })
     }
 
+    /// The database's time, which histories are written in.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn database_time(&self) -> Result<OffsetDateTime, StoreError> {
+        self.on_session(async |session| sqlx::query_scalar("SELECT now()").fetch_one(session).await).await
+    }
+
     /// How many letters of a filter there are behind a place.
     ///
     /// # Errors

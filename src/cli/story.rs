@@ -43,7 +43,11 @@ pub(super) fn age(at: OffsetDateTime, now: OffsetDateTime) -> String {
 /// A time and how far away it is: `2030-01-07T09:00:00Z (3 h ago)`.
 pub(super) fn moment(at: OffsetDateTime, now: OffsetDateTime) -> String {
     let distance = span(at - now);
-    if at > now { format!("{} (in {distance})", rfc3339(at)) } else { format!("{} ({distance} ago)", rfc3339(at)) }
+    if at > now {
+        format!("{} (in {distance})", rfc3339(at))
+    } else {
+        format!("{} ({distance} ago)", rfc3339(at))
+    }
 }
 
 /// `1 attempt`, `2 attempts`.
@@ -148,7 +152,8 @@ fn what_next(status: &JobStatus) -> Option<String> {
         State::Claimed => "Next: the worker records what came of the attempt.".to_owned(),
         State::Deferred => "Next: its copy comes back to the lane, and a worker tries again.".to_owned(),
         State::Parked => {
-            "Next: it goes back to its lane by itself once the configuration works, or is given up.".to_owned()
+            "Next: it goes back to its lane by itself once the configuration works, or is given up."
+                .to_owned()
         }
         State::Dead if status.reason == Some(Reason::UnknownOutcome) => format!(
             "Next: nothing by itself. Ask the receiving side for the Message-ID; if it did not arrive, \
@@ -173,7 +178,9 @@ fn refused(refused: &RefusedRecipient) -> String {
 pub(super) fn attempts(history: &[AttemptRecord], made: u32, now: OffsetDateTime) -> Vec<String> {
     let Some(heading) = heading(history.len(), made) else { return Vec::new() };
     let mut lines = vec![heading];
-    lines.extend(history.iter().enumerate().map(|(at, record)| format!("  {}. {}", at + 1, attempt(record, now))));
+    lines.extend(
+        history.iter().enumerate().map(|(at, record)| format!("  {}. {}", at + 1, attempt(record, now))),
+    );
     lines
 }
 
@@ -198,7 +205,11 @@ fn attempt(record: &AttemptRecord, now: OffsetDateTime) -> String {
     match reason {
         None => format!("{at}, {server} took it after {ms} ms{reply}"),
         Some(reason) => {
-            format!("{at}, {server}, ended {} after {ms} ms: {} ({reason}){reply}", place(*phase), meaning(*reason))
+            format!(
+                "{at}, {server}, ended {} after {ms} ms: {} ({reason}){reply}",
+                place(*phase),
+                meaning(*reason)
+            )
         }
     }
 }
@@ -255,9 +266,13 @@ mod tests {
 
     #[test]
     fn an_age_is_told_in_its_largest_unit() {
-        for (seconds, column, words) in
-            [(0, "0s", "0 s"), (59, "59s", "59 s"), (60, "1m", "1 min"), (7199, "1h", "1 h"), (864_000, "10d", "10 d")]
-        {
+        for (seconds, column, words) in [
+            (0, "0s", "0 s"),
+            (59, "59s", "59 s"),
+            (60, "1m", "1 min"),
+            (7199, "1h", "1 h"),
+            (864_000, "10d", "10 d"),
+        ] {
             let at = NOW - Duration::seconds(seconds);
             assert_eq!(age(at, NOW), column);
             assert_eq!(moment(at, NOW), format!("{} ({words} ago)", rfc3339(at)));
@@ -274,7 +289,10 @@ mod tests {
             "It was given up at 2030-01-07T06:00:00Z (3 h ago), because the server refused the message \
              (message_refused)."
         );
-        assert!(dead[1].starts_with("Next: nothing by itself.") && dead[1].contains("dead replay --id"), "{dead:?}");
+        assert!(
+            dead[1].starts_with("Next: nothing by itself.") && dead[1].contains("dead replay --id"),
+            "{dead:?}"
+        );
         assert!(dead[2].contains("\\u{1b}[2J a…@example.org"), "{dead:?}");
         let mut waits = status(State::Deferred, Some(Reason::Throttled));
         waits.next_attempt_at = Some(NOW + Duration::minutes(5));

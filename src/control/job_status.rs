@@ -54,9 +54,8 @@ impl Control {
         let key = JobKey { organization: call.request.organization.clone(), id };
         let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&key));
         let answer = asked.await.map_err(|_| ControlError::unavailable())??;
-        let unknown = || {
-            ControlError::new(Code::NotFound, "No such job of this organization is known").field("id")
-        };
+        let unknown =
+            || ControlError::new(Code::NotFound, "No such job of this organization is known").field("id");
         answer.map(Done::read).ok_or_else(unknown)
     }
 

@@ -29,10 +29,12 @@ const GAP: usize = 2;
 const NARROWEST: usize = 8;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  sendoff dead list --org 42 --reason auth_failed,tls_failed --since 7d\n  \
+#[command(
+    after_help = "Examples:\n  sendoff dead list --org 42 --reason auth_failed,tls_failed --since 7d\n  \
     sendoff dead list --json --limit 1000 | jq -r '.[].id'\n\nThe last line tells how to get the next page. With --json, \
-    --after takes DIED_AT_LETTER of the last one: jq -r '.[-1] | .died_at + \"_\" + .letter'")]
-pub(super) struct ListArgs {
+    --after takes DIED_AT_LETTER of the last one: jq -r '.[-1] | .died_at + \"_\" + .letter'"
+)]
+pub(in crate::cli) struct ListArgs {
     #[command(flatten)]
     which: FilterArgs,
     /// Go on behind this letter: what the last line of the page before says
@@ -72,7 +74,7 @@ pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<
         output::line(&line)?;
     }
     match letters.last() {
-        None => output::line("No dead letter is meant by that.")?,
+        None => output::line(args.which.nothing())?,
         Some(last) if is_more => output::line(&format!(
             "{} shown, there are more. The next page: the same with --after {}",
             letters.len(),
@@ -187,8 +189,13 @@ mod tests {
     fn a_place_in_the_listing_is_read_back_as_it_was_told() {
         let place = (datetime!(2030-01-07 09:00:00.123456 UTC), LetterId(Uuid::from_u128(7)));
         assert_eq!(cursor(&spelled(place)), Ok(place));
-        for bad in ["", "_", "2030-01-07T09:00:00Z", "2030-01-07T09:00:00Z_7", "7_00000000-0000-0000-0000-000000000007"]
-        {
+        for bad in [
+            "",
+            "_",
+            "2030-01-07T09:00:00Z",
+            "2030-01-07T09:00:00Z_7",
+            "7_00000000-0000-0000-0000-000000000007",
+        ] {
             assert!(cursor(bad).unwrap_err().contains("RFC 3339"), "{bad}");
         }
     }

@@ -16,8 +16,10 @@ use super::exit::Done;
 use crate::settings::{Needs, Settings};
 
 #[derive(Debug, Subcommand)]
-#[command(after_help = "Examples:\n  sendoff dead stats --since 24h\n  sendoff dead list --org 42 --reason auth_failed\n  \
-    sendoff dead show 0198c0de-0000-7000-8000-000000000001")]
+#[command(
+    after_help = "Examples:\n  sendoff dead stats --since 24h\n  sendoff dead list --org 42 --reason auth_failed\n  \
+    sendoff dead show 0198c0de-0000-7000-8000-000000000001"
+)]
 pub(super) enum DeadCommand {
     /// List dead letters, the one that died last first
     List(Box<list::ListArgs>),

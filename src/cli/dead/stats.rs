@@ -24,9 +24,11 @@ const BAR: usize = 16;
 const ORGANIZATION: usize = 20;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  sendoff dead stats\n  sendoff dead stats --state dead --since 24h --limit 10\n\nThe \
-    columns of ages do not overlap: `<1d` counts what died less than a day, but at least an hour ago.")]
-pub(super) struct StatsArgs {
+#[command(
+    after_help = "Examples:\n  sendoff dead stats\n  sendoff dead stats --state dead --since 24h --limit 10\n\nThe \
+    columns of ages do not overlap: `<1d` counts what died less than a day, but at least an hour ago."
+)]
+pub(in crate::cli) struct StatsArgs {
     #[command(flatten)]
     which: FilterArgs,
     /// Print an array of {"reason","organization_id","total","ages":{"hour","day","week","month","older"}}
@@ -43,7 +45,7 @@ pub(super) async fn run(args: &StatsArgs, settings: &Settings) -> anyhow::Result
     if args.json {
         output::json(&bars[..shown].iter().map(Bar::json).collect::<Vec<_>>())?;
     } else if bars.is_empty() {
-        output::line("No dead letter is meant by that.")?;
+        output::line(args.which.nothing())?;
     } else {
         for line in histogram(&bars, shown, output::is_terminal()) {
             output::line(&line)?;
@@ -110,7 +112,9 @@ pub(super) fn histogram(bars: &[Bar], shown: usize, drawn: bool) -> Vec<String> 
     }
     let rest: u64 = bars[shown..].iter().map(Bar::total).sum();
     if rest > 0 {
-        lines.push(row(&format!("({} more)", bars.len() - shown), "", &rest.to_string(), &[]).trim_end().to_owned());
+        lines.push(
+            row(&format!("({} more)", bars.len() - shown), "", &rest.to_string(), &[]).trim_end().to_owned(),
+        );
     }
     let ages: Vec<u64> =
         (0..LetterAge::ALL.len()).map(|class| bars.iter().map(|bar| bar.ages[class]).sum()).collect();
@@ -167,7 +171,7 @@ mod tests {
     fn a_line_with_its_bar_fits_the_terminal() {
         let drawn = histogram(&some(), 3, true);
         assert!(drawn.iter().all(|line| line.chars().count() <= 110), "{drawn:?}");
-        assert!(drawn[1].ends_with(&"█".repeat(BAR)) && drawn[3].ends_with('▏'), "{drawn:?}");
+        assert!(drawn[1].ends_with(&"█".repeat(BAR)) && drawn[3].ends_with('▎'), "{drawn:?}");
     }
 
     #[test]

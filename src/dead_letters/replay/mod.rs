@@ -108,6 +108,11 @@ impl Tally {
         self.selected == self.replayed + skipped + self.unconfirmed + self.not_reached
     }
 
+    /// Letters that nothing more is done about.
+    pub fn done(&self) -> u64 {
+        self.replayed + self.skipped.values().sum::<u64>()
+    }
+
     fn skip(&mut self, letter: &Letter, skip: Skip) {
         *self.skipped.entry(skip).or_default() += 1;
         if skip == Skip::TooManyReplays {

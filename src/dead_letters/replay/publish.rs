@@ -72,7 +72,8 @@ impl Publishing {
                 }
                 if let (Some((position, copy)), None) = (waiting.next(), &failure) {
                     let patience = replayer.patience.max(deadline.saturating_duration_since(Instant::now()));
-                    flying.push(async move { (position, persist(publisher, shutdown, patience, copy).await) });
+                    flying
+                        .push(async move { (position, persist(publisher, shutdown, patience, copy).await) });
                 }
             } else if let Some((position, outcome)) = flying.next().await {
                 note(position, outcome, &mut confirmed, &mut failure);

@@ -15,6 +15,7 @@ mod ledger;
 mod losses;
 mod once;
 mod outages;
+mod replay;
 mod replies;
 mod rules;
 mod smtp_sessions;

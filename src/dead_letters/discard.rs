@@ -85,7 +85,7 @@ async fn pages(
             return Ok(());
         }
         let deadline = Instant::now() + patience;
-        let draw = async || store.examine_letters(&filter, after, wanted).await;
+        let draw = async || store.examine_letters(&filter, after, None, wanted).await;
         let page = retrying::until(deadline, shutdown.stop_taking(), draw).await?;
         let letters: Vec<Letter> = page.letters.into_iter().map(|examined| examined.letter).collect();
         let ids: Vec<_> = letters.iter().map(|letter| letter.letter).collect();

@@ -8,11 +8,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::SecretString;
+use sendoff::broker::wire::WireLimits;
+use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
+use sendoff::clock::Clock;
+use sendoff::dead_letters::replay::{Ended, Manner, Order, Replayer};
 use sendoff::model::failure::Reason;
 use sendoff::model::job::{JobKey, Revision};
 use sendoff::model::ledger::{State, Turn};
 use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterState, NewLetter};
+use sendoff::model::replay::ReplayRules;
 use sendoff::secrets::KeyRing;
+use sendoff::shutdown::Shutdown;
 use sendoff::store::{DeadLetters, Store};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -21,7 +27,8 @@ use tokio::process::Child;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::support::broker::eventually;
+use crate::support::broker::{amqp_url, eventually};
+use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::world::{KEYS, SOON, World, job};
 
@@ -108,7 +115,7 @@ fn start(world: &World, options: &[&str]) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts")
 }
 
-async fn ended(child: Child) -> (i32, Value) {
+async fn ended_run(child: Child) -> (i32, Value) {
     let output =
         tokio::time::timeout(STUCK, child.wait_with_output()).await.expect("it ends").expect("it ran");
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -128,14 +135,19 @@ async fn sent(world: &World) -> i64 {
 
 /// Waits until the ledger has so many sent jobs, for as long as there is progress.
 async fn all_sent(world: &World, count: i64) {
-    let (mut last, mut since) = (sent(world).await, Instant::now());
-    while last < count {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let now = sent(world).await;
+    progress("sent", count, async || sent(world).await).await;
+}
+
+/// Waits until a number has come so far, for as long as it grows.
+async fn progress(what: &str, far: i64, mut number: impl AsyncFnMut() -> i64) {
+    let (mut last, mut since) = (number().await, Instant::now());
+    while last < far {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let now = number().await;
         if now > last {
             (last, since) = (now, Instant::now());
         }
-        assert!(since.elapsed() < STUCK, "{last} of {count} are sent");
+        assert!(since.elapsed() < STUCK, "{last} of {far} are {what}");
     }
 }
 
@@ -186,10 +198,8 @@ async fn ten_thousand_letters_are_sent_once_each_although_the_replay_is_killed_i
     let ids = dead_letters(&world, ALL).await;
     let worker = world.worker().await;
     let mut killed = start(&world, &["--all", "--rate", "10000"]);
-    eventually("a third is replayed", async || {
-        letters_in(&world, LetterState::Dead).await < (ALL - ALL / 3) as i64
-    })
-    .await;
+    progress("taken", (ALL / 3) as i64, async || ALL as i64 - letters_in(&world, LetterState::Dead).await)
+        .await;
     killed.kill().await.expect("killed");
     let rest = letters_in(&world, LetterState::Dead).await + letters_in(&world, LetterState::Replaying).await;
     assert!(rest > 0, "it was killed too late");
@@ -221,7 +231,7 @@ async fn ctrl_c_ends_a_replay_after_what_is_in_hand_and_the_same_command_goes_on
     let pid = interrupted.id().expect("it runs").to_string();
     let status = tokio::process::Command::new("kill").args(["-s", "INT", &pid]).status().await.expect("kill");
     assert!(status.success());
-    let (code, result) = ended(interrupted).await;
+    let (code, result) = ended_run(interrupted).await;
     assert_eq!((code, &result["ended"]), (1, &json!("interrupted")));
     assert_eq!((&result["selected"], &result["unconfirmed"]), (&json!(60), &json!(0)));
     let replayed = result["replayed"].as_i64().expect("a count");
@@ -252,7 +262,7 @@ async fn two_replays_of_the_same_letters_at_once_send_each_once() {
     let worker = world.worker().await;
     let both = [start(&world, &["--all", "--rate", "500"]), start(&world, &["--all", "--rate", "500"])];
     for child in both {
-        let (code, result) = ended(child).await;
+        let (code, result) = ended_run(child).await;
         assert_eq!((code, &result["ended"]), (0, &json!("ok")));
     }
     // What each left to the other is replayed by now, or waits for a run to look at it.
@@ -481,6 +491,66 @@ async fn an_unroutable_letter_is_replayed_once_a_lane_takes_it() {
     world.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_outlasts_an_outage_and_one_that_does_not_is_taken_up_by_the_next() {
+    let mut world = World::new().await;
+    let ids = dead_letters(&world, 60).await;
+    let (proxy, through) = Proxy::before(&amqp_url()).await;
+    let access = Access::new(AmqpUrl::parse(&through).expect("an AMQP URL"));
+    let settings = BrokerSettings { access, ..world.broker.settings() };
+    let lanes = settings.lanes.clone();
+    let broker = Broker::start(settings, Arc::new(|_| {}));
+    let replayer = Replayer {
+        store: world.database.store(),
+        archive: archive(&world),
+        lanes,
+        limits: WireLimits { max_recipients: 100, max_message_bytes: 1 << 20 },
+        clock: Clock::system(),
+        shutdown: Shutdown::new(),
+        patience: Duration::from_secs(3),
+    };
+    let order = Order {
+        filter: LetterFilter {
+            states: vec![LetterState::Dead, LetterState::Replaying],
+            ..LetterFilter::default()
+        },
+        limit: None,
+        rules: ReplayRules { max_replays: 3, resend_unknown: false },
+        lane: None,
+        actor: "ann".into(),
+    };
+    let (publisher, manner) = (broker.publisher(), Manner { rate: 10, canary: None });
+    let (tally, ended) = tokio::join!(replayer.run(&order, manner, &publisher, |_| {}), async {
+        eventually("some are replayed", async || letters_in(&world, LetterState::Replayed).await > 0).await;
+        proxy.refuse();
+    })
+    .0;
+    assert!(matches!(ended, Ended::Broker(_)), "{ended:?}");
+    assert!(tally.adds_up() && tally.unconfirmed > 0 && tally.not_reached > 0, "{tally:?}");
+    assert_eq!(letters_in(&world, LetterState::Replaying).await, tally.unconfirmed as i64);
+    broker.close().await;
+
+    proxy.forward();
+    world.set("AMQP_URL", &through);
+    let before = letters_in(&world, LetterState::Replayed).await;
+    let next = start(&world, &["--all", "--rate", "10"]);
+    eventually("it goes on", async || letters_in(&world, LetterState::Replayed).await > before).await;
+    proxy.refuse();
+    assert!(world.database.terminate("sendoff").await > 0);
+    proxy.forward();
+    let (code, result) = ended_run(next).await;
+    assert_eq!((code, &result["ended"]), (0, &json!("ok")));
+    assert_eq!(letters_in(&world, LetterState::Replayed).await, 60);
+    world.set("AMQP_URL", &amqp_url());
+    let worker = world.worker().await;
+    all_sent(&world, 60).await;
+    world.broker.wait_count(&world.broker.name("jobs.notifications"), 0).await;
+    worker.stop().await;
+    let (jobs, messages) = delivered(&world.platform.messages());
+    assert_eq!((jobs, messages), (ids.iter().map(Uuid::to_string).collect(), 60));
+    world.end().await;
+}
+
 #[tokio::test]
 async fn neither_command_begins_without_a_filter_and_a_broker_that_is_away_has_its_exit_code() {
     let mut world = World::new().await;
@@ -526,7 +596,7 @@ async fn a_discarded_letter_stays_with_its_history_and_is_replayed_only_when_tha
     let (code, result) = replay(&world, &["--id", &one, "--state", "discarded"]).await;
     assert_eq!((code, &result["replayed"]), (0, &json!(1)));
     let all = LetterFilter { states: vec![LetterState::Replayed], ..LetterFilter::default() };
-    assert_eq!(store.count_letters(&all, None).await.expect("the database answers"), 3);
+    assert_eq!(store.count_letters(&all, None, None).await.expect("the database answers"), 3);
     let (code, _, errors) = world.run(&["dead", "discard", "--state", "replayed"]).await;
     assert_eq!(code, 2, "{errors}");
     world.end().await;

@@ -24,14 +24,12 @@ use crate::store::DeadLetters;
 
 /// For the broker to be there at the start.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// States that are meant unless --state says otherwise: the second is what a run that was cut off has left.
-const STATES: [LetterState; 2] = [LetterState::Dead, LetterState::Replaying];
 
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  sendoff dead replay --org 42 --reason auth_failed --dry-run\n  sendoff dead replay --org 42 \
     --reason auth_failed --canary 5\n  sendoff dead replay --id 0198c0de-0000-7000-8000-000000000001 --resend-unknown\n\n\
-    Without --state: dead, and replaying (what a run that was cut off has left). Left out are letters that are expired, \
+    Without --state, dead letters are meant; those that a run has left in the middle (replaying) always. Left out are letters that are expired, \
     superseded, cancelled or already sent, whose outcome is unknown, or that died again after --max-replays replays. A \
     run that was ended goes on when it is given again.\n\nExit code 0 when every letter was replayed or left out, 1 when \
     the run was ended before or a canary died again, 3 when the database or the broker was away for 60 s."
@@ -75,7 +73,7 @@ pub(in crate::cli) async fn run(args: &ReplayArgs, settings: &Settings) -> anyho
         shutdown,
         patience: PATIENCE,
     };
-    let total = store.count_letters(&order.filter, None).await.context("asking the archive")?;
+    let total = store.count_letters(&order.filter, None, None).await.context("asking the archive")?;
     let progress = Progress::of(order.limit.map_or(total, |limit| total.min(limit)));
     let show = |tally: &Tally| progress.show(tally.done());
     if args.governed.dry_run {
@@ -102,7 +100,10 @@ pub(in crate::cli) async fn run(args: &ReplayArgs, settings: &Settings) -> anyho
 fn order(args: &ReplayArgs, settings: &Settings) -> anyhow::Result<Order> {
     let mut filter = args.governed.filter()?;
     if filter.states.is_empty() {
-        filter.states = STATES.to_vec();
+        filter.states.push(LetterState::Dead);
+    }
+    if !filter.states.contains(&LetterState::Replaying) {
+        filter.states.push(LetterState::Replaying);
     }
     if let Some(lane) = &args.lane
         && !settings.amqp.lanes.iter().any(|known| known.name == *lane)
@@ -162,7 +163,7 @@ fn tell(args: &ReplayArgs, tally: &Tally, ended: Ended) -> anyhow::Result<Done> 
     if args.governed.json {
         output::json(&result(tally, &ended, args.governed.dry_run))?;
     } else if tally.selected == 0 && matches!(ended, Ended::Done) {
-        output::line("No letter matches. Without --state, only dead and replaying ones are looked at.")?;
+        output::line("No letter matches. Without --state, only dead ones are looked at.")?;
     } else {
         governed::print(&words(tally, args.governed.dry_run))?;
     }

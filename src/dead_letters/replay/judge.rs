@@ -6,8 +6,9 @@ use crate::broker::{Carried, Received};
 use crate::model::lanes::{Lane, patterns_meet};
 use crate::model::letter::Letter;
 use crate::model::replay::Skip;
+use crate::store::{Content, Unopened};
 
-use super::{Ended, Replayer};
+use super::Replayer;
 
 /// A letter's copy, but for what the ledger says of it.
 pub(super) struct Ready {
@@ -16,30 +17,28 @@ pub(super) struct Ready {
 }
 
 impl Replayer {
-    /// Opens a letter and reads its body.
-    pub(super) async fn ready(
+    /// Reads what was opened of a letter; `None` where it was forgotten since it was drawn.
+    pub(super) fn ready(
         &self,
         letter: &Letter,
+        opened: Option<Result<Content, Unopened>>,
         otherwise: Option<&str>,
-    ) -> Result<Result<Ready, Skip>, Ended> {
-        let Some(lane) = lane(letter, &self.lanes, otherwise) else { return Ok(Err(Skip::Unroutable)) };
-        let opened = match self.ask(async || self.archive.open(letter.letter).await).await? {
+    ) -> Result<Ready, Skip> {
+        let content = match opened {
             Some(Ok(content)) => content,
             Some(Err(error)) => {
                 tracing::warn!(letter = %letter.letter, %error, "a dead letter cannot be opened");
-                return Ok(Err(Skip::Unreadable));
+                return Err(Skip::Unreadable);
             }
-            // Past its retention, and forgotten since it was drawn.
-            None => return Ok(Err(Skip::Unreadable)),
+            None => return Err(Skip::Unreadable),
         };
-        if wire::parse_job(&opened.body, &self.limits).is_err() {
-            return Ok(Err(Skip::NotAJob));
+        if wire::parse_job(&content.body, &self.limits).is_err() {
+            return Err(Skip::NotAJob);
         }
-        let Ok(carried) = serde_json::from_slice::<Carried>(&opened.properties) else {
-            return Ok(Err(Skip::Unreadable));
-        };
-        let message = Received::of_archive(opened.body, letter.routing_key.clone(), carried);
-        Ok(Ok(Ready { message, lane }))
+        let lane = lane(letter, &self.lanes, otherwise).ok_or(Skip::Unroutable)?;
+        let carried = serde_json::from_slice::<Carried>(&content.properties).map_err(|_| Skip::Unreadable)?;
+        let message = Received::of_archive(content.body, letter.routing_key.clone(), carried);
+        Ok(Ready { message, lane })
     }
 }
 

@@ -23,7 +23,7 @@ use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::model::failure::Reason;
 use crate::model::lanes::Lane;
-use crate::model::letter::{Deed, Letter, LetterFilter, LetterId, LetterState};
+use crate::model::letter::{Letter, LetterFilter, LetterId, LetterState};
 use crate::model::organization::OrganizationId;
 use crate::model::replay::{self, ReplayRules, Skip};
 use crate::shutdown::Shutdown;
@@ -34,7 +34,7 @@ use super::retrying::{self, Stopped};
 /// Letters drawn at once, without their content.
 const PAGE: u32 = 500;
 /// Letters recorded in one transaction; at most as many as are published in a second, so that a stop is soon.
-const BATCH: u32 = 100;
+const BATCH: u32 = 250;
 /// Their bodies together, unless one alone is larger.
 const BATCH_BYTES: u64 = 8 << 20;
 /// What dies after a run has begun is not its business; but the clock that wrote down a death is another one.
@@ -61,7 +61,7 @@ pub struct Replayer {
 /// What is to be replayed.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// Which letters; its states must not be empty.
+    /// Which letters. Its states name `replaying`: what was recorded and not confirmed is taken up whoever has begun it.
     pub filter: LetterFilter,
     /// So many at most.
     pub limit: Option<u64>,
@@ -221,14 +221,13 @@ impl<'a> Run<'a> {
             if wanted == 0 {
                 break;
             }
-            let page =
-                self.replayer.ask(async || store.examine_letters(&filter, after, wanted).await).await?;
-            let mut letters = page.letters;
-            letters.retain(|examined| !was_replayed_since(&examined.letter, began));
+            let draw = async || store.examine_letters(&filter, after, Some(began), wanted).await;
+            let page = self.replayer.ask(draw).await?;
+            let letters = page.letters;
             self.tally.selected += letters.len() as u64;
             let end = letters.last().map(|examined| (examined.letter.died_at, examined.letter.letter));
             if let Err(ended) = self.page(letters, &on_progress).await {
-                self.count_rest(&filter, end.or(after)).await;
+                self.count_rest(&filter, end.or(after), began).await;
                 return Err(ended);
             }
             match page.last {
@@ -286,19 +285,22 @@ impl<'a> Run<'a> {
 
     /// Brings each letter of a batch to its count, whatever happens.
     async fn batch(&mut self, batch: Vec<Examined>) -> Result<(), Ended> {
-        let mut ready: BTreeMap<LetterId, (Letter, Ready)> = BTreeMap::new();
-        let mut left = batch.len() as u64;
+        let mut decided: BTreeMap<LetterId, (Letter, Option<Skip>)> = BTreeMap::new();
         for examined in batch {
-            match self.weigh(&examined).await {
-                Ok(Ok(copy)) => drop(ready.insert(examined.letter.letter, (examined.letter, copy))),
-                Ok(Err(skip)) => {
-                    left -= 1;
-                    self.tally.skip(&examined.letter, skip);
-                }
-                Err(ended) => {
-                    self.tally.not_reached += left;
-                    return Err(ended);
-                }
+            match self.weigh(&examined) {
+                Ok(skip) => drop(decided.insert(examined.letter.letter, (examined.letter, skip))),
+                Err(skip) => self.tally.skip(&examined.letter, skip),
+            }
+        }
+        let ids: Vec<LetterId> = decided.keys().copied().collect();
+        let archive = &self.replayer.archive;
+        let opened = self.replayer.ask(async || archive.open_all(&ids).await).await;
+        let mut opened = opened.inspect_err(|_| self.tally.not_reached += ids.len() as u64)?;
+        let mut ready = BTreeMap::new();
+        for (id, (letter, skip)) in decided {
+            match self.replayer.ready(&letter, opened.remove(&id), self.order.lane.as_deref()) {
+                Ok(copy) => drop(ready.insert(id, (letter, copy))),
+                Err(fault) => self.tally.skip(&letter, skip.unwrap_or(fault)),
             }
         }
         match &mut self.publishing {
@@ -310,19 +312,18 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A letter's copy, or why there is none. A letter that a run has left in the middle is looked at again under its lock,
-    /// where its row is put right, whatever seems to be true of it now.
-    async fn weigh(&self, examined: &Examined) -> Result<Result<Ready, Skip>, Ended> {
+    /// Whether a letter is to be taken. One that a run has left in the middle is looked at again under its lock, where its
+    /// row is put right, whatever seems to be true of it now.
+    fn weigh(&self, examined: &Examined) -> Result<Option<Skip>, Skip> {
         let Examined { letter, ledger, newest_sequence } = examined;
         let now = self.replayer.clock.now();
         let decided = replay::decide(letter, ledger.as_ref(), *newest_sequence, &self.order.rules, now);
-        let is_cut = letter.state == LetterState::Replaying && self.publishing.is_some();
         match decided {
-            Err(skip) if !is_cut => Ok(Err(skip)),
-            decided => {
-                let ready = self.replayer.ready(letter, self.order.lane.as_deref()).await?;
-                Ok(ready.map_err(|fault| decided.err().unwrap_or(fault)))
+            Ok(_) => Ok(None),
+            Err(skip) if letter.state == LetterState::Replaying && self.publishing.is_some() => {
+                Ok(Some(skip))
             }
+            Err(skip) => Err(skip),
         }
     }
 
@@ -337,8 +338,9 @@ impl<'a> Run<'a> {
     }
 
     /// What is behind the last letter drawn, as far as the database can say.
-    async fn count_rest(&mut self, filter: &LetterFilter, after: Option<Place>) {
-        let Ok(rest) = self.replayer.store.count_letters(filter, after).await else { return };
+    async fn count_rest(&mut self, filter: &LetterFilter, after: Option<Place>, began: OffsetDateTime) {
+        let rest = self.replayer.store.count_letters(filter, after, Some(began)).await;
+        let Ok(rest) = rest else { return };
         let room = self.order.limit.map_or(u64::MAX, |limit| limit - self.tally.selected);
         self.tally.selected += rest.min(room);
         self.tally.not_reached += rest.min(room);
@@ -354,6 +356,9 @@ impl Publishing {
         tally: &mut Tally,
         mut ready: BTreeMap<LetterId, (Letter, Ready)>,
     ) -> Result<(), Ended> {
+        if ready.is_empty() {
+            return Ok(());
+        }
         let letters: Vec<LetterId> = ready.keys().copied().collect();
         let taking = Taking { rules: order.rules, states: &order.filter.states, actor: &order.actor };
         let taken = replayer.ask(async || replayer.store.take_letters(&letters, &taking).await).await;
@@ -400,11 +405,4 @@ impl Replayer {
         let deadline = Instant::now() + self.patience;
         retrying::until(deadline, self.shutdown.stop_now(), question).await
     }
-}
-
-/// Whether this very run has replayed it: it died again meanwhile, and stands at the end of the row once more. Both times
-/// are the database's.
-fn was_replayed_since(letter: &Letter, began: OffsetDateTime) -> bool {
-    let last = letter.history.iter().rev().find(|deed| deed.what == Deed::Replay);
-    letter.state == LetterState::Dead && last.is_some_and(|deed| deed.at >= began)
 }

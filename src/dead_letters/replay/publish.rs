@@ -16,7 +16,7 @@ use super::judge::Ready;
 use super::{Ended, Publishing, Replayer};
 
 /// Copies without their confirm yet.
-const WINDOW: usize = 32;
+const WINDOW: usize = 64;
 /// Between two tries of one copy.
 const PAUSE: Duration = Duration::from_millis(500);
 /// What was missed while nothing could be published is not made up for, beyond this.
@@ -49,7 +49,7 @@ impl Publishing {
         replayer: &Replayer,
         copies: &[(Letter, Ready, ReplayCopy)],
     ) -> (Vec<usize>, Option<Ended>) {
-        let deadline = Instant::now() + replayer.patience;
+        let patience = replayer.patience;
         let (publisher, shutdown) = (&self.publisher, &replayer.shutdown);
         let (mut confirmed, mut failure) = (Vec::with_capacity(copies.len()), None);
         let mut flying = FuturesUnordered::new();
@@ -71,7 +71,6 @@ impl Publishing {
                     }
                 }
                 if let (Some((position, copy)), None) = (waiting.next(), &failure) {
-                    let patience = replayer.patience.max(deadline.saturating_duration_since(Instant::now()));
                     flying
                         .push(async move { (position, persist(publisher, shutdown, patience, copy).await) });
                 }

@@ -41,10 +41,13 @@ macro_rules! ledger_columns {
 
 pub(super) use ledger_columns;
 
-/// `$12` and `$13` are the last letter of the page before.
+/// `$12` and `$13` are the last letter of the page before. What was replayed at `$14` or later and died again stands at the
+/// end of the row once more, and is not drawn again.
 macro_rules! behind {
     () => {
-        " AND ($12::timestamptz IS NULL OR (died_at, letter) > ($12, $13::uuid))"
+        " AND ($12::timestamptz IS NULL OR (died_at, letter) > ($12, $13::uuid))
+     AND ($14::timestamptz IS NULL OR NOT coalesce(state = 'dead' AND history -> -1 ->> 'what' = 'replay'
+        AND (history -> -1 ->> 'at')::timestamptz >= $14, false))"
     };
 }
 
@@ -55,10 +58,10 @@ const EXAMINE: &str = concat!(
     " FROM dead_letters WHERE ",
     filtered!(),
     behind!(),
-    " ORDER BY died_at, letter LIMIT $14
+    " ORDER BY died_at, letter LIMIT $15
 )
 SELECT d.*, ",
-    ledger_columns!("$15"),
+    ledger_columns!("$16"),
     "
 FROM d
 LEFT JOIN jobs AS j ON j.id = d.job_id AND j.organization_id = d.organization_id
@@ -111,8 +114,9 @@ pub struct Page {
 }
 
 impl Store {
-    /// The oldest letters of a filter behind a place, at most `limit`, with what the ledger knows of them. A row that this
-    /// program does not understand is left out and logged.
+    /// The oldest letters of a filter behind a place, at most `limit`, with what the ledger knows of them; but for those that
+    /// were replayed at `began` (the database's time) or later and died again. A row that this program does not understand
+    /// is left out and logged.
     ///
     /// # Errors
     /// When the database did not answer.
@@ -120,9 +124,11 @@ impl Store {
         &self,
         filter: &LetterFilter,
         after: Option<Place>,
+        began: Option<OffsetDateTime>,
         limit: u32,
     ) -> Result<Page, StoreError> {
-        let question = behind(sqlx::query(EXAMINE), filter, after).bind(i64::from(limit)).bind(LOCK_CLASS);
+        let question =
+            behind(sqlx::query(EXAMINE), filter, after, began).bind(i64::from(limit)).bind(LOCK_CLASS);
         let rows = self.on_session(async |session| question.fetch_all(session).await).await?;
         let mut letters = Vec::with_capacity(rows.len());
         for row in &rows {
@@ -143,7 +149,7 @@ impl Store {
         self.on_session(async |session| sqlx::query_scalar("SELECT now()").fetch_one(session).await).await
     }
 
-    /// How many letters of a filter there are behind a place.
+    /// How many letters of a filter there are behind a place, counted like those of [`Store::examine_letters`].
     ///
     /// # Errors
     /// When the database did not answer.
@@ -151,8 +157,9 @@ impl Store {
         &self,
         filter: &LetterFilter,
         after: Option<Place>,
+        began: Option<OffsetDateTime>,
     ) -> Result<u64, StoreError> {
-        let question = behind(sqlx::query(COUNT), filter, after);
+        let question = behind(sqlx::query(COUNT), filter, after, began);
         let row = self.on_session(async |session| question.fetch_one(session).await).await?;
         Ok(row.try_get::<i64, _>(0)?.unsigned_abs())
     }
@@ -187,10 +194,16 @@ impl Store {
     }
 }
 
-fn behind<'q>(question: Question<'q>, filter: &LetterFilter, after: Option<Place>) -> Question<'q> {
+fn behind<'q>(
+    question: Question<'q>,
+    filter: &LetterFilter,
+    after: Option<Place>,
+    began: Option<OffsetDateTime>,
+) -> Question<'q> {
     bind_filter(question, filter)
         .bind(after.map(|(died_at, _)| died_at))
         .bind(after.map(|(_, LetterId(letter))| letter))
+        .bind(began)
 }
 
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {

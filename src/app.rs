@@ -24,7 +24,7 @@ use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::secrets::KeyRing;
-use crate::settings::{CustomSmtp, Settings};
+use crate::settings::{CustomSmtp, RetentionSettings, Settings};
 use crate::shutdown::Shutdown;
 use crate::smtp::Deadlines;
 use crate::smtp::TlsRoots;
@@ -46,7 +46,7 @@ const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
 const KEY_PAUSE: Duration = Duration::from_secs(10);
 /// How often gauges are set.
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
-/// How often a slice of the ledger is looked through for what may be forgotten.
+/// How often slices of the ledger and the archive are looked through for what may be forgotten.
 const SWEEP_PAUSE: Duration = Duration::from_secs(60);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
@@ -216,7 +216,7 @@ impl Running {
             self.shutdown.clone(),
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
-        beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
+        beside.spawn(forget_the_past(self.store.clone(), settings.retention.clone(), self.shutdown.clone()));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
@@ -435,15 +435,22 @@ async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdo
     }
 }
 
-/// Walks through the ledger, slice by slice, and deletes what is past `ledger.retention_days`.
-async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) {
-    let mut sweeper = Sweeper::new(store);
+/// Deletes what is past `ledger.retention_days` and `dead_letters.retention_days`, slice by slice.
+async fn forget_the_past(store: Store, retention: RetentionSettings, shutdown: Shutdown) {
+    let mut sweeper = Sweeper::new(store.clone());
     loop {
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
-        match sweeper.sweep(retention).await {
+        match store.forget_letters(retention.dead_letters).await {
+            Ok(letters) if letters.forgotten > 0 => {
+                tracing::debug!(letters = letters.forgotten, "dead letters past their retention")
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the archive could not be looked through now"),
+        }
+        match sweeper.sweep(retention.ledger).await {
             Ok(sweep) if sweep.forgotten > 0 => {
                 tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
             }

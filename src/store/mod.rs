@@ -1,4 +1,4 @@
-//! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
+//! PostgreSQL: the ledger, the archive of dead letters, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
 mod audit;
@@ -7,6 +7,7 @@ mod bindings;
 mod change;
 mod config_cache;
 mod config_changes;
+mod dead_letters;
 mod features;
 mod incarnation;
 mod ledger;
@@ -27,6 +28,7 @@ pub use bindings::LaneBinding;
 pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
+pub use dead_letters::{Archived, Content, DeadLetters, LetterAge, LetterCount, LettersForgotten, Unopened};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
 pub use sealed_keys::SealedReport;

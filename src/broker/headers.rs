@@ -14,6 +14,7 @@ use super::names::Names;
 use super::topology::short;
 use crate::model::failure::Reason;
 use crate::model::ledger::Turn;
+use crate::model::letter::Killer;
 use crate::model::text;
 
 const ATTEMPT: &str = "sendoff-attempt";
@@ -119,6 +120,8 @@ pub struct Death {
     pub detail: Option<String>,
     /// When; unknown for an unroutable job.
     pub died_at: Option<OffsetDateTime>,
+    /// Who.
+    pub killer: Killer,
 }
 
 impl Received {
@@ -265,16 +268,20 @@ impl Death {
     fn unroutable(routing_key: &str) -> Self {
         let key = text::single_line(routing_key);
         let detail = Some(format!("no lane takes the routing key `{key}`"));
-        Self { reason: Reason::Unroutable, detail, died_at: None }
+        Self { reason: Reason::Unroutable, detail, died_at: None, killer: Killer::Broker }
     }
 
     fn by_worker(headers: &FieldTable) -> Self {
         let reason = text_of(headers, REASON, 64).and_then(|name| Reason::from_name(&name));
         let detail = text_of(headers, DETAIL, 4 * DETAIL_MAX);
+        let died_at = time_of(headers, DIED_AT);
+        // A worker always says when; what somebody else has put into the queue, no worker has announced.
+        let killer = if died_at.is_some() { Killer::Worker } else { Killer::Broker };
         Self {
             reason: reason.unwrap_or(Reason::Internal),
             detail: detail.map(|detail| text::bounded(&text::single_line(&detail), DETAIL_MAX)),
-            died_at: time_of(headers, DIED_AT),
+            died_at,
+            killer,
         }
     }
 }
@@ -310,7 +317,7 @@ impl BrokerDeath {
                 (Reason::Internal, format!("the broker took it from its lane: {}", text::single_line(other)))
             }
         };
-        Death { reason, detail: Some(detail), died_at: self.at }
+        Death { reason, detail: Some(detail), died_at: self.at, killer: Killer::Broker }
     }
 }
 

@@ -75,11 +75,12 @@ fn who_killed_a_letter_is_told_by_what_a_publisher_cannot_forge() {
     let forged = [(REASON, long("auth_failed")), ("x-death", deaths("p.jobs.lane", "delivery_limit"))];
     let unrouted = Received::from_dead(&mut delivery("p.jobs", "nobody.takes", &forged), &names);
     let death = unrouted.death.unwrap();
-    assert_eq!(death.reason, Reason::Unroutable);
+    assert_eq!((death.reason, death.killer), (Reason::Unroutable, Killer::Broker));
     assert_eq!(death.detail.as_deref(), Some("no lane takes the routing key `nobody.takes`"));
 
     let looped = Received::from_dead(&mut delivery("p.dead", "k", &forged), &names);
-    assert_eq!(looped.death.unwrap().reason, Reason::CrashLoop);
+    let death = looped.death.unwrap();
+    assert_eq!((death.reason, death.killer), (Reason::CrashLoop, Killer::Broker));
     assert_eq!(looped.lane.as_deref(), Some("lane"));
 
     let killed = [
@@ -93,7 +94,10 @@ fn who_killed_a_letter_is_told_by_what_a_publisher_cannot_forge() {
     let death = by_worker.death.unwrap();
     assert_eq!((death.reason, death.detail.as_deref()), (Reason::AuthFailed, Some("a b")));
     assert_eq!(death.died_at, Some(time::macros::datetime!(2026-11-22 20:00 UTC)));
-    assert_eq!(by_worker.lane.as_deref(), Some("reminders"));
+    assert_eq!((by_worker.lane.as_deref(), death.killer), (Some("reminders"), Killer::Worker));
+
+    let strange = Received::from_dead(&mut delivery("", "p.dead", &[]), &names).death.unwrap();
+    assert_eq!((strange.reason, strange.killer), (Reason::Internal, Killer::Broker));
 }
 
 #[test]
@@ -135,7 +139,8 @@ fn what_a_worker_says_of_a_death_is_read_back() {
     let read = Received::from_dead(&mut letter, &Names::new("p"));
     assert_eq!(read.recipients, Some(vec![1, 30]));
     let detail = Some(said.detail.to_owned());
-    assert_eq!(read.death, Some(Death { reason: said.reason, detail, died_at: Some(at) }));
+    let killer = Killer::Worker;
+    assert_eq!(read.death, Some(Death { reason: said.reason, detail, died_at: Some(at), killer }));
 }
 
 #[test]

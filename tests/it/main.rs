@@ -1,7 +1,5 @@
 //! Black-box tests against real services, in one binary.
 
-mod archive_search;
-mod archive_store;
 mod broker;
 mod cli;
 mod configs;

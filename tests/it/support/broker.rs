@@ -162,6 +162,11 @@ impl TestBroker {
         assert_eq!(confirm, Confirmation::Ack(None), "{exchange} {routing_key}");
     }
 
+    /// Publishes many messages to `P.jobs`, then waits for every confirm.
+    pub async fn publish_jobs(&self, routing_key: &str, bodies: &[Vec<u8>]) {
+        publish_all(&self.channel, &self.name("jobs"), routing_key, bodies).await;
+    }
+
     /// Messages ready in a queue, without those in a worker's hands; `None` when there is no such queue.
     pub async fn count(&self, queue: &str) -> Option<u32> {
         let channel = self.connection.create_channel().await.expect("a channel");
@@ -248,12 +253,27 @@ impl TestBroker {
     }
 }
 
+/// Publishes persistent messages over a channel in confirm mode, and waits for every confirm behind the last one.
+pub async fn publish_all(channel: &Channel, exchange: &str, routing_key: &str, bodies: &[Vec<u8>]) {
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let mut confirms = Vec::new();
+    for body in bodies {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties);
+        confirms.push(sent.await.expect("published"));
+    }
+    for confirm in confirms {
+        assert_eq!(confirm.await.expect("confirmed"), Confirmation::Ack(None), "{exchange} {routing_key}");
+    }
+}
+
 fn unique() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
-async fn confirming(connection: &Connection) -> Channel {
+/// A channel in confirm mode.
+pub async fn confirming(connection: &Connection) -> Channel {
     let channel = connection.create_channel().await.expect("a channel");
     channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
     channel

@@ -11,6 +11,7 @@ mod crashes;
 mod dead_cli;
 mod delivery;
 mod documents;
+mod forgetting;
 mod hostile;
 mod ledger;
 mod losses;

@@ -1,14 +1,12 @@
 //! The core under trouble of its own: claims that could be left behind, deliveries that could go round and round.
 
-use std::time::Duration;
-
 use lapin::options::{BasicGetOptions, BasicNackOptions, ExchangeDeleteOptions, QueueDeleteOptions};
 use sendoff::model::ledger::State;
 use serde_json::json;
 
 use crate::support::broker::eventually;
 use crate::support::smtp_server::{Action, Rule, Stage};
-use crate::support::world::{World, job};
+use crate::support::world::{SOON, World, job};
 
 #[tokio::test]
 async fn a_claim_is_given_back_when_the_configuration_cannot_be_read_after_it() {
@@ -63,7 +61,7 @@ async fn a_worker_that_gets_no_incarnation_takes_no_job_from_its_lane() {
     assert!(returned <= 10.0, "{returned} returns of 5 jobs: {}", worker.log());
 
     world.database.run("ALTER SEQUENCE hidden RENAME TO worker_incarnations").await;
-    let sent = world.platform.wait_for_messages(5, Duration::from_secs(40)).await;
+    let sent = world.platform.wait_for_messages(5, SOON).await;
     assert_eq!(sent.expect("all are sent").len(), 5);
     worker.stop().await;
     world.end().await;

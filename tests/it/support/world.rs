@@ -25,8 +25,7 @@ use super::certs::Authority;
 use super::database::TestDatabase;
 use super::smtp_server::{Behaviour, Received, SmtpServer, Tls};
 
-/// Waiting for anything that should happen soon, on a machine that is busy with other tests.
-pub const SOON: Duration = Duration::from_secs(40);
+pub use super::broker::SOON;
 /// What every server of a test demands.
 pub const USERNAME: &str = "mailer@acme.example";
 /// What every server of a test demands.

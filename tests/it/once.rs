@@ -182,7 +182,7 @@ async fn an_older_revision_is_not_sent_after_a_newer_one() {
 #[tokio::test]
 async fn an_older_revision_on_its_way_is_stopped_right_before_its_message() {
     let mut world = World::with(|behaviour| behaviour.pipelining = false).await;
-    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "30");
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "120");
     let worker = world.worker().await;
     world.organization("acme").await;
     // A configuration that has proven itself gets a second connection.

@@ -212,7 +212,7 @@ async fn an_events_exchange_that_somebody_deletes_is_declared_again_and_holds_no
     world.state(None, id, State::Sent).await;
     let settled = r#"sendoff_jobs_settled_total{lane="notifications",outcome="sent"}"#;
     eventually("the job is settled", async || worker.metric(settled).await >= 1.0).await;
-    assert!(worker.log().contains("declaring the topology again"), "{}", worker.log());
+    worker.logs("declaring the topology again").await;
     worker.stop().await;
     world.end().await;
 }
@@ -220,8 +220,7 @@ async fn an_events_exchange_that_somebody_deletes_is_declared_again_and_holds_no
 #[tokio::test]
 async fn a_job_that_some_have_and_whose_booking_has_changed_is_announced_with_its_server() {
     let mut world = World::new().await;
-    // Long enough for the newer revision to come first.
-    world.set("SENDOFF__RETRY__SCHEDULE_S", "5");
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
     world.server.rule(Rule::new(Stage::Rcpt, Action::reply("451 4.2.0 greylisted")).nth(2).once());
     let worker = world.worker().await;
     world.organization("acme").await;
@@ -235,6 +234,7 @@ async fn a_job_that_some_have_and_whose_booking_has_changed_is_announced_with_it
     let new = world.publish(&of(2, json!(["ann@customer.example"]))).await;
     world.event("email.sent", new).await;
 
+    world.retry_now(120, old).await;
     let sent = world.event("email.sent", old).await;
     assert_eq!(sent["transport"], "organization");
     assert_eq!(sent["recipients_refused"], json!([{"index": 1, "code": 0, "reason": "superseded"}]));

@@ -223,6 +223,14 @@ impl World {
         job["id"].as_str().and_then(|id| id.parse().ok()).expect("a job of a test has an id")
     }
 
+    /// Ends the wait of the one job that is put off for so many seconds: with a long wait and this, a test decides what
+    /// comes before the next attempt, and not the machine.
+    pub async fn retry_now(&self, delay_s: u32, id: Uuid) {
+        let copy = self.broker.take(&self.broker.name(&format!("retry.notifications.{delay_s}"))).await;
+        self.database.run(format!("UPDATE jobs SET not_before = now() WHERE id = '{id}'")).await;
+        self.broker.publish(&self.broker.name("jobs.notifications"), "", &copy.body, copy.properties).await;
+    }
+
     /// The next event of that type about a job.
     pub async fn event(&self, kind: &str, id: Uuid) -> Value {
         let of_job = |event: &Value| event["type"] == kind && event["job_id"] == id.to_string();

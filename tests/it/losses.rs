@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::broker::eventually;
 use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
 use crate::support::story::Letters;
-use crate::support::world::{SOON, World, job};
+use crate::support::world::{SOON, World, job, own_address};
 
 /// More than the buffers between two programs hold: its sender cannot run ahead of a server that does not read.
 const LARGE_BYTES: usize = 8 << 20;
@@ -233,14 +233,15 @@ async fn a_kept_connection_that_the_server_has_closed_meanwhile_costs_no_attempt
 async fn a_server_that_nobody_answers_at_is_tried_again_and_found_when_it_is_back() {
     let world = World::new().await;
     let worker = world.worker().await;
-    let vacant = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let ip = own_address(3);
+    let vacant = std::net::TcpListener::bind((ip, 0)).expect("a free port");
     let address = vacant.local_addr().expect("bound");
     drop(vacant);
-    world.organization_at("acme", json!({"port": address.port()})).await;
+    world.organization_at("acme", json!({"host": ip.to_string(), "port": address.port()})).await;
     let id = world.publish(&job(Some("acme"))).await;
     let deferred = world.event("email.deferred", id).await;
     assert_eq!(deferred["reason"], "connect_failed");
-    let certificate = world.authority.issue(&["localhost"]).server_config();
+    let certificate = world.authority.issue(&[&ip.to_string()]).server_config();
     let server = SmtpServer::start_at(address, |behaviour| {
         behaviour.tls = crate::support::smtp_server::Tls::Starttls(certificate);
     })

@@ -1,9 +1,12 @@
 //! Greeting, EHLO and AUTH: every way in which a server can fail there.
 
+use std::net::SocketAddr;
+
 use sendoff::model::failure::Fault;
 
 use super::*;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
+use crate::support::world::own_address;
 
 /// A server in the clear that demands a login, and a client that may give it.
 async fn login_server(configure: impl FnOnce(&mut Behaviour)) -> SmtpServer {
@@ -156,7 +159,7 @@ async fn a_server_without_a_usable_mechanism_is_told_by_what_it_offers() {
 
 #[tokio::test]
 async fn a_port_where_nobody_listens_is_unreachable() {
-    let server = SmtpServer::start(|_| {}).await;
+    let server = SmtpServer::start_at(SocketAddr::from((own_address(4), 0)), |_| {}).await;
     let account = account(&server);
     let closed = server.address();
     drop(server);

@@ -2,11 +2,10 @@
 //! Guarantee: nothing is shared with another test, and a worker that outlives its test is killed.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use lapin::BasicProperties;
 use secrecy::ExposeSecret;
@@ -32,6 +31,13 @@ pub const USERNAME: &str = "mailer@acme.example";
 pub const PASSWORD: &str = " pässword with \"quotes\" ";
 /// The key that configurations are sealed under.
 pub const KEYS: &str = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
+
+/// An address of this process's own, one for each `last`. Unlike at 127.0.0.1, where every connection and every other
+/// test's server takes one, a port that was free there once stays free.
+pub fn own_address(last: u8) -> IpAddr {
+    let [.., high, low] = std::process::id().to_be_bytes();
+    IpAddr::V4(Ipv4Addr::new(127, 128 | high, low, last))
+}
 
 /// Everything one test needs.
 pub struct World {

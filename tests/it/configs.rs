@@ -92,6 +92,18 @@ impl World {
         reply["result"].clone()
     }
 
+    /// The same as a caller does who meets many others: again where a change was not made in time, which says that nothing
+    /// was changed.
+    async fn ask_on(&self, command: &str, organization: &str, params: Value) -> Value {
+        let begun = Instant::now();
+        loop {
+            let reply = self.ask(command, organization, params.clone()).await;
+            if reply["error"]["code"] != "unavailable" || begun.elapsed() > DEADLINE {
+                return reply;
+            }
+        }
+    }
+
     /// The error's code and field.
     async fn error(&self, command: &str, organization: &str, params: Value) -> (String, Option<String>) {
         let reply = self.ask(command, organization, params).await;
@@ -414,7 +426,7 @@ async fn no_flag_is_asked_for_where_every_organization_may() {
 async fn of_twenty_creates_at_once_exactly_one_is_left() {
     let world = World::enabled("acme").await;
     let creates = (0..20).map(|n| {
-        world.ask("smtp_config.create", "acme", settings_with(json!({"from_name": format!("{n}")})))
+        world.ask_on("smtp_config.create", "acme", settings_with(json!({"from_name": format!("{n}")})))
     });
     let replies = futures_util::future::join_all(creates).await;
     let made: Vec<&Value> = replies.iter().filter(|reply| reply["ok"] == true).collect();
@@ -448,11 +460,11 @@ async fn updates_at_once_are_all_laid_one_over_the_other() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;
     let updates =
-        (0..10).map(|n| world.ok("smtp_config.update", "acme", json!({"from_name": format!("{n}")})));
+        (0..10).map(|n| world.ask_on("smtp_config.update", "acme", json!({"from_name": format!("{n}")})));
     let mut versions: Vec<i64> = futures_util::future::join_all(updates)
         .await
         .iter()
-        .map(|config| config["version"].as_i64().unwrap())
+        .map(|reply| reply["result"]["version"].as_i64().unwrap_or_else(|| panic!("{reply}")))
         .collect();
     versions.sort_unstable();
     assert_eq!(versions, (2..=11).collect::<Vec<_>>());
@@ -473,7 +485,8 @@ async fn an_update_of_another_version_is_a_conflict_that_names_the_current_one()
 async fn of_two_updates_of_one_version_at_once_one_is_a_conflict() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;
-    let update = |port: u16| world.ask("smtp_config.update", "acme", json!({"port": port, "if_version": 1}));
+    let update =
+        |port: u16| world.ask_on("smtp_config.update", "acme", json!({"port": port, "if_version": 1}));
     let (one, two) = tokio::join!(update(25), update(465));
     assert_eq!([&one, &two].iter().filter(|reply| reply["ok"] == true).count(), 1, "{one} {two}");
     assert_eq!([&one, &two].iter().filter(|reply| reply["error"]["code"] == "conflict").count(), 1);

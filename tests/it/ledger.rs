@@ -527,12 +527,28 @@ async fn a_worker_is_dead_only_after_two_looks_apart() {
 #[tokio::test]
 async fn a_suspect_that_holds_its_lock_at_the_second_look_lives() {
     let (database, _a, b) = two_workers().await;
-    let returning = Incarnation(2_000_000);
-    assert_eq!(b.incarnations.is_alive(returning).await.unwrap(), Liveness::Suspect);
     let mut session = database.connect().await;
-    sqlx::query("SELECT pg_advisory_lock(24077, 2000000)").execute(&mut session).await.unwrap();
-    eventually("it is alive", || async {
-        b.incarnations.is_alive(returning).await.unwrap() == Liveness::Alive
+    // On a busy machine the lock may be taken too late, and then the suspect is rightly dead.
+    let in_time = async |number: i32, session: &mut sqlx::PgConnection| {
+        let returning = Incarnation(number);
+        let looked = tokio::time::Instant::now();
+        assert_eq!(b.incarnations.is_alive(returning).await.unwrap(), Liveness::Suspect);
+        let lock = sqlx::query("SELECT pg_advisory_lock(24077, $1)").bind(number);
+        lock.execute(session).await.unwrap();
+        let locked_after = looked.elapsed();
+        let mut seen = Liveness::Suspect;
+        eventually("the second look", async || {
+            seen = b.incarnations.is_alive(returning).await.unwrap();
+            seen != Liveness::Suspect
+        })
+        .await;
+        assert!(seen == Liveness::Alive || locked_after >= DEAD_AFTER, "{locked_after:?}");
+        seen == Liveness::Alive
+    };
+    let mut number = 2_000_000;
+    eventually("one that was in time", async || {
+        number += 1;
+        in_time(number, &mut session).await
     })
     .await;
 }
@@ -553,10 +569,20 @@ async fn a_worker_whose_lock_is_lost_stops_within_three_seconds_and_comes_back_a
     let claimed = a.granted(copy(&key(1), 0)).await;
     let mut watch = a.incarnations.watch();
     watch.borrow_and_update();
-    let lost = tokio::time::Instant::now();
     assert_eq!(database.terminate("sendoff incarnation").await, 2);
-    tokio::time::timeout(SOON, watch.changed()).await.expect("the loss is noticed").unwrap();
-    assert!(lost.elapsed() < Duration::from_secs(3), "{:?}", lost.elapsed());
+    // Only from the end of its session on can a worker know, and a busy server takes its time to end one.
+    let lock = format!(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 24077 AND objid = {} \
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        a.me.0
+    );
+    eventually("the lock is free", async || database.number(lock.clone()).await == 0).await;
+    // A machine that wakes this test late wakes the worker, on the same thread, late too.
+    tokio::select! {
+        biased;
+        changed = watch.changed() => changed.unwrap(),
+        () = tokio::time::sleep(Duration::from_secs(3)) => panic!("the loss is not noticed"),
+    }
     let gate = Gate { key: key(1), owner: a.me, turn: Turn(0), commit: false, revision: None };
     assert_eq!(a.ledger.before_data(gate).await.unwrap(), GateAnswer::NotOwner);
     let next = *tokio::time::timeout(SOON, watch.wait_for(|now| now.is_some_and(|now| now != a.me)))
@@ -578,7 +604,8 @@ async fn without_an_incarnation_nothing_is_claimed() {
     assert!(matches!(a.ledger.claim(copy(&key(1), 0)).await, Err(StoreError::Unavailable(_))));
     let held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 24077 \
                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-    assert_eq!(database.number(held).await, 1);
+    // The server frees a lock when it finds the session closed.
+    eventually("one lock is held", || async { database.number(held).await == 1 }).await;
 }
 
 // Losses

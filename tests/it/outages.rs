@@ -182,8 +182,13 @@ async fn a_crash_of_the_database_with_jobs_in_flight_pauses_the_lanes_and_sends_
     }
     assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (25, 25));
     let log = worker.log();
-    assert_eq!(log.matches("the database is away").count(), 1, "{log}");
-    assert_eq!(log.matches("the database answers").count(), 2, "{log}");
+    // A database that a busy machine keeps from answering is away too: each time is said once.
+    let said: Vec<bool> = log
+        .lines()
+        .filter(|line| line.contains("the database is away") || line.contains("the database answers"))
+        .map(|line| line.contains("the database answers"))
+        .collect();
+    assert!(said.len() >= 3 && said[0] && said.windows(2).all(|two| two[0] != two[1]), "{log}");
     worker.stop().await;
     world.end().await;
 }

@@ -299,8 +299,9 @@ async fn a_worker_starts_before_the_broker_and_resumes_after_it_was_away() {
     test.publish_job("notification.1", b"1", BasicProperties::default()).await;
     let held = next(&mut lane).await;
     proxy.refuse();
-    let lost = broker.state().wait_for(|state| !state.is_connected()).await.map(|state| state.clone());
-    assert!(lost.expect("the broker lives").reason().is_some());
+    let mut state = broker.state();
+    let lost = state.wait_for(|state| state.consuming.is_some() && state.publishing.is_some());
+    tokio::time::timeout(SOON, lost).await.expect("noticed in time").expect("the broker lives");
     // What was held is the broker's again, and settling it says so.
     eventually("the delivery is known to be lost", async || !held.is_open()).await;
     assert_eq!(held.ack().await, Settled::ChannelLost);
@@ -337,7 +338,7 @@ async fn a_broker_that_falls_silent_is_given_up_and_found_again() {
     let (proxy, mut settings) = over_proxy(&test).await;
     let through = amqp_url()
         .replace(&AmqpUrl::parse(&amqp_url()).expect("a URL").server(), &proxy.address().to_string());
-    let impatient = format!("{through}?heartbeat=1&connection_timeout=500");
+    let impatient = format!("{through}?heartbeat=1&connection_timeout=2000");
     settings.access = Access::new(AmqpUrl::parse(&impatient).expect("a URL"));
     let broker = Broker::start(settings, Arc::new(|_: &str| {}));
     connected(&broker).await;
@@ -347,7 +348,7 @@ async fn a_broker_that_falls_silent_is_given_up_and_found_again() {
     tokio::time::timeout(SOON, noticed).await.expect("noticed in time").expect("the broker lives");
     // New connections find the silence too, and are given up within their limit.
     let timed_out =
-        state.wait_for(|state| state.reason().is_some_and(|why| why.contains("no answer within 500 ms")));
+        state.wait_for(|state| state.reason().is_some_and(|why| why.contains("no answer within 2000 ms")));
     tokio::time::timeout(SOON, timed_out).await.expect("in time").expect("the broker lives");
     proxy.forward();
     connected(&broker).await;
@@ -556,6 +557,7 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     assert_eq!(carried_out.load(Ordering::SeqCst), 6, "no reply came back as a command");
     broker.close().await;
 
+    test.wait_consumers(&control, 0).await;
     let nobody =
         call(&access(), &test.prefix, b"ping", Duration::from_millis(300)).await.expect_err("nobody");
     assert!(matches!(nobody, RpcError::Timeout { consumers: 0, .. }), "{nobody}");

@@ -646,6 +646,8 @@ async fn a_lane_whose_queue_was_deleted_is_declared_again() {
     let channel = test.channel().await;
     let queue = test.name("jobs.notifications");
     test.wait_consumers(&queue, 1).await;
+    // Or the other connection, still declaring, makes the queue anew and binds it after it is consumed again.
+    connected(&broker).await;
     channel.queue_delete(queue.as_str().into(), Default::default()).await.expect("deleted");
     test.wait_consumers(&queue, 1).await;
     test.publish_job("notification.x", b"job", BasicProperties::default()).await;

@@ -874,13 +874,15 @@ async fn a_job_is_shown_to_its_own_organization_only() {
 #[tokio::test]
 async fn a_refusal_is_audited_although_the_database_is_slow_to_take_it() {
     let world = World::new().await;
-    let held = "BEGIN; LOCK TABLE audit IN EXCLUSIVE MODE; SELECT pg_sleep(1.2); COMMIT";
-    let locks = "SELECT count(*) FROM pg_locks WHERE relation = 'audit'::regclass AND mode = 'ExclusiveLock' AND granted";
-    let refused = async {
-        tokio::time::timeout(DEADLINE, async { while world.count(locks).await == 0 {} }).await.unwrap();
-        world.error("smtp_config.get", "acme", json!({})).await
+    let mut holder = world.pool.begin().await.unwrap();
+    sqlx::query("LOCK TABLE audit IN EXCLUSIVE MODE").execute(&mut *holder).await.unwrap();
+    let waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'audit'::regclass AND NOT granted";
+    let held = async {
+        tokio::time::timeout(DEADLINE, async { while world.count(waiting).await == 0 {} }).await.unwrap();
+        sqlx::query("SELECT pg_sleep(1.2)").execute(&mut *holder).await.unwrap();
+        holder.commit().await.unwrap();
     };
-    let ((), (code, _)) = tokio::join!(world.sql(held), refused);
+    let ((), (code, _)) = tokio::join!(held, world.error("smtp_config.get", "acme", json!({})));
     assert_eq!(code, "not_found");
     assert_eq!(world.count("SELECT count(*) FROM audit WHERE outcome = 'not_found'").await, 1);
 }

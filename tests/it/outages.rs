@@ -21,7 +21,7 @@ use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::world::{SOON, WorkerProcess, World, job};
 
-/// For jobs that were put aside on their way, perhaps more than once.
+/// For jobs that were put aside on their way, perhaps more than once, and for a worker that pauses longer after each loss.
 const MINUTES: Duration = Duration::from_secs(240);
 
 /// A private RabbitMQ or PostgreSQL that a test may crash; removed when dropped.
@@ -208,7 +208,7 @@ async fn connections_that_are_cut_again_and_again_cost_no_job_and_no_duplicate()
         world.publish(job).await;
     }
     for (proxy, reached) in [(&broker, 3), (&database, 10), (&broker, 17), (&database, 24), (&broker, 31)] {
-        let messages = world.platform.wait_for(SOON, |seen| seen.message_count >= reached).await;
+        let messages = world.platform.wait_for(MINUTES, |seen| seen.message_count >= reached).await;
         messages.expect("the messages go on");
         proxy.cut();
     }

@@ -87,7 +87,7 @@ fn is_clean(copy: &Message, extra: &[&str]) {
 #[tokio::test]
 async fn a_job_with_hostile_properties_is_retried_and_buried_like_any_other_in_clean_copies() {
     let mut world = World::new().await;
-    world.set("SENDOFF__RETRY__SCHEDULE_S", "5");
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
     let worker = world.worker().await;
     let greylisted = Rule::new(Stage::Rcpt, Action::reply("451 4.7.1 greylisted"));
     world.platform.rule(greylisted.of("later@customer.example").once());
@@ -99,11 +99,12 @@ async fn a_job_with_hostile_properties_is_retried_and_buried_like_any_other_in_c
     never["to"] = json!(["never@customer.example"]);
 
     let id = world.publish_with(&later, hostile_properties()).await;
-    let queue = world.broker.name("retry.notifications.5");
+    let queue = world.broker.name("retry.notifications.120");
     let copy = world.broker.take(&queue).await;
     is_clean(&copy, &[]);
     assert_eq!(copy.body, serde_json::to_vec(&later).expect("JSON"));
     world.broker.publish("", &queue, &copy.body, copy.properties.clone()).await;
+    world.retry_now(120, id).await;
     world.event("email.sent", id).await;
     assert_eq!(world.state(None, id, State::Sent).await.attempts, 2);
 

@@ -23,8 +23,8 @@ pub(super) struct LetterView<'a> {
     #[serde(with = "time::serde::rfc3339")]
     died_at: OffsetDateTime,
     letter: LetterId,
-    kind: Option<&'a str>,
-    lane: Option<&'a str>,
+    kind: Option<String>,
+    lane: Option<String>,
     routing_key: String,
     #[serde(with = "time::serde::rfc3339::option")]
     first_at: Option<OffsetDateTime>,
@@ -52,8 +52,8 @@ pub(super) fn letter<'a>(letter: &'a Letter, history: &'a [LetterDeed]) -> Lette
         attempts: letter.attempts,
         died_at: letter.died_at,
         letter: letter.letter,
-        kind: letter.kind.as_deref(),
-        lane: letter.lane.as_deref(),
+        kind: letter.kind.as_deref().map(mask_addresses),
+        lane: letter.lane.as_deref().map(mask_addresses),
         routing_key: mask_addresses(&letter.routing_key),
         first_at: letter.first_at,
         archived_at: letter.archived_at,

@@ -117,6 +117,17 @@ impl Conclusion {
         }
     }
 
+    /// The worker would only panic again, so there is no retry. What nobody can know stays said.
+    pub fn condemn(&mut self, left: &[u16], detail: String) {
+        let reason = match self.settlement {
+            Settlement::Deferred { reason: Reason::UnknownOutcome, .. } => Reason::UnknownOutcome,
+            Settlement::Deferred { .. } => Reason::Internal,
+            Settlement::Dead { reason: Reason::RetriesExhausted, .. } => Reason::Internal,
+            _ => return,
+        };
+        self.give_up(left, 0, reason, detail);
+    }
+
     /// The recipients that are left get nothing: the job is dead, unless others have the message.
     fn give_up(&mut self, left: &[u16], code: u16, reason: Reason, detail: String) {
         self.detail = detail;

@@ -62,6 +62,7 @@ fn copy(key: &JobKey, turn: i32) -> Claim {
         turn: Turn(turn),
         revision: None,
         message_id: "<first@example.org>".into(),
+        suspects: true,
     }
 }
 

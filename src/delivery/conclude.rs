@@ -5,8 +5,8 @@ use time::OffsetDateTime;
 
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
-use crate::model::job::Job;
-use crate::model::ledger::{Claimed, Settlement};
+use crate::model::job::{Job, JobKey};
+use crate::model::ledger::{Claimed, Settle, Settlement};
 use crate::model::policy::{self, Disposition, Feedback, Progress, RetryLimits, Verdict};
 
 use super::attempt::{Report, Shut};
@@ -101,6 +101,24 @@ pub fn conclude_unattempted(job: &Job, claimed: &Claimed, reason: Reason, detail
 /// The positions that a claimed job is still to be sent to.
 pub fn recipients(job: &Job, claimed: &Claimed) -> Vec<u16> {
     claimed.pending.clone().unwrap_or_else(|| (0..).take(job.recipient_count()).collect())
+}
+
+/// What the ledger is told of it, without an attempt's record.
+pub fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Settle {
+    Settle {
+        key: key.clone(),
+        owner: claimed.owner,
+        turn: claimed.turn,
+        outcome: conclusion.settlement.clone(),
+        attempts: conclusion.attempts,
+        unknowns: conclusion.unknowns,
+        message_id: claimed.message_id.clone(),
+        pending: conclusion.pending.clone(),
+        refused: conclusion.refused.clone(),
+        partly_sent: conclusion.partly_sent,
+        reply: None,
+        attempt: None,
+    }
 }
 
 impl Conclusion {

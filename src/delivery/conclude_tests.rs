@@ -110,3 +110,21 @@ fn an_unknown_outcome_is_counted() {
     assert!(matches!(conclusion.settlement, Settlement::Deferred { reason: Reason::UnknownOutcome, .. }));
     assert_eq!((conclusion.unknowns, conclusion.pending), (1, None));
 }
+
+#[test]
+fn a_job_that_the_worker_cannot_handle_is_dead_for_that_unless_nobody_knows_whether_it_was_sent() {
+    let worn = |verdict, claimed: &Claimed| {
+        let report = Report { later: vec![0, 1, 2], verdict: Some(verdict), ..Report::default() };
+        let mut conclusion = concluded(claimed, &report);
+        conclusion.condemn(&report.later, "worn".to_owned());
+        match conclusion.settlement {
+            Settlement::Dead { reason, .. } => reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    let internal = Verdict::Retry { reason: Reason::Internal, at_least: None, feedback: Feedback::Neutral };
+    assert_eq!(worn(internal, &claimed()), Reason::Internal);
+    assert_eq!(worn(internal, &Claimed { attempts: 9, ..claimed() }), Reason::Internal, "retries had ended");
+    assert_eq!(worn(Verdict::Unknown, &claimed()), Reason::UnknownOutcome);
+    assert_eq!(worn(Verdict::Dead(Reason::SenderRefused), &claimed()), Reason::SenderRefused);
+}

@@ -7,6 +7,7 @@ pub mod database;
 pub mod debts;
 pub mod destination;
 pub mod dispatch;
+mod gatekeeping;
 pub mod in_hand;
 pub mod lanes;
 pub mod quarantine;

@@ -15,9 +15,8 @@ use crate::model::schedule::ASIDE_S;
 use crate::telemetry;
 
 use super::attempt::Report;
-use super::conclude::Conclusion;
+use super::conclude::{Conclusion, settle_of};
 use super::in_hand::{InHand, ServedLane};
-use super::settle::settle_of;
 use super::trail::{Stage, Trail};
 use super::worker::{OWN_FAULT, Worker};
 

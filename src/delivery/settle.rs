@@ -22,7 +22,7 @@ use crate::store::{Ledger, Store, StoreError};
 use crate::telemetry::{self, Outcome};
 
 use super::attempt::{Report, Shut};
-use super::conclude::{Conclusion, conclude, conclude_unattempted};
+use super::conclude::{Conclusion, conclude, conclude_unattempted, settle_of};
 use super::database::DatabaseWatch;
 use super::debts::Debts;
 use super::in_hand::InHand;
@@ -475,21 +475,4 @@ fn worn(delivery: &InHand<'_>) -> String {
 
 fn death(reason: Reason) -> What {
     if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } }
-}
-
-pub(super) fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Settle {
-    Settle {
-        key: key.clone(),
-        owner: claimed.owner,
-        turn: claimed.turn,
-        outcome: conclusion.settlement.clone(),
-        attempts: conclusion.attempts,
-        unknowns: conclusion.unknowns,
-        message_id: claimed.message_id.clone(),
-        pending: conclusion.pending.clone(),
-        refused: conclusion.refused.clone(),
-        partly_sent: conclusion.partly_sent,
-        reply: None,
-        attempt: None,
-    }
 }

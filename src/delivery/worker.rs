@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::fault::{self, Place};
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
-use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver, State};
+use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -25,11 +25,12 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
-use super::attempt::{self, Gatekeeper, Progress, Report, Shut};
+use super::attempt::{self, Progress, Report, Shut};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
 use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
 use super::route::{NoServer, Route, route};
@@ -440,45 +441,6 @@ impl Worker {
             report.shut = Some(Shut::Halted);
         }
         report
-    }
-}
-
-/// The last look before DATA, for one claim.
-struct Gatekeeping<'a> {
-    worker: &'a Worker,
-    job: &'a Job,
-    claimed: &'a Claimed,
-}
-
-impl Gatekeeper for Gatekeeping<'_> {
-    async fn pass(&self) -> Result<(), Shut> {
-        let Self { worker, job, claimed } = self;
-        if worker.incarnations.current() != Some(claimed.owner) {
-            return Err(Shut::Halted);
-        }
-        if job.is_expired(worker.clock.now()) {
-            return Err(Shut::Expired);
-        }
-        let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
-        if !commit && job.group.is_none() {
-            return Ok(());
-        }
-        let gate = Gate {
-            key: job.key.clone(),
-            owner: claimed.owner,
-            turn: claimed.turn,
-            commit,
-            revision: job.group.clone(),
-        };
-        match worker.ledger.before_data(gate).await {
-            Ok(GateAnswer::Open) => Ok(()),
-            Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
-            Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
-            Err(error) => {
-                worker.database.lost(&error);
-                Err(Shut::Halted)
-            }
-        }
     }
 }
 

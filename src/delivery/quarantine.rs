@@ -13,8 +13,8 @@ use crate::model::policy::CRASH_LIMIT;
 const LINE: usize = 8;
 /// Longest wait for a turn, and for the end of everybody else's work.
 const WAIT: Duration = Duration::from_secs(60);
-/// Longest attempt of a job for which everybody else waits.
-const ALONE_LIMIT: Duration = Duration::from_secs(120);
+/// Longest attempt of a job for which others wait.
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(120);
 
 /// Who may work at the same time.
 pub struct Quarantine {
@@ -58,6 +58,11 @@ impl Quarantine {
         Some(if crashes + 1 >= CRASH_LIMIT { Turn::Alone(turn) } else { Turn::Single(turn) })
     }
 
+    /// How long an attempt may take: a slow server is not to hold up every suspect.
+    pub fn bound(turn: Option<&Turn<'_>>, attempt_timeout: Duration) -> Duration {
+        if turn.is_some() { attempt_timeout.min(ATTEMPT_LIMIT) } else { attempt_timeout }
+    }
+
     /// Room beside others.
     pub async fn shared(&self) -> Room<'_> {
         Room::Shared(self.work.read().await)
@@ -69,16 +74,6 @@ impl Quarantine {
             // Whoever comes meanwhile waits behind it, so that those at work become fewer.
             Some(Turn::Alone(_)) => tokio::time::timeout(WAIT, self.work.write()).await.ok().map(Room::Alone),
             Some(Turn::Condemned | Turn::Single(_)) | None => Some(self.shared().await),
-        }
-    }
-}
-
-impl Room<'_> {
-    /// How long an attempt may take in it.
-    pub fn bound(&self, attempt_timeout: Duration) -> Duration {
-        match self {
-            Self::Shared(_) => attempt_timeout,
-            Self::Alone(_) => attempt_timeout.min(ALONE_LIMIT),
         }
     }
 }
@@ -111,7 +106,9 @@ mod tests {
         drop(others);
         let alone = quarantine.room(Some(&turn)).now_or_never().flatten().expect("nobody is at work");
         assert!(quarantine.shared().now_or_never().is_none(), "one is alone at work");
-        assert_eq!(alone.bound(Duration::from_secs(1200)), ALONE_LIMIT);
+        let usual = Duration::from_secs(1200);
+        assert_eq!(Quarantine::bound(Some(&turn), usual), ATTEMPT_LIMIT);
+        assert_eq!(Quarantine::bound(None, usual), usual);
         drop(alone);
         assert!(quarantine.shared().now_or_never().is_some());
     }

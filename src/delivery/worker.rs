@@ -146,8 +146,9 @@ impl Worker {
             taken = self.take_up(&delivery, &job, turn.as_ref()).await;
         }
         match taken {
-            Ok(TakeUp::Work(claimed, route, permit, room)) => {
-                self.work(delivery, job, *claimed, route, permit, &room).await;
+            Ok(TakeUp::Work(claimed, route, permit, _room)) => {
+                let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
+                self.work(delivery, job, *claimed, route, permit, limit).await;
             }
             Ok(TakeUp::GiveUp(claimed, reason, detail, _room)) => {
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
@@ -382,7 +383,7 @@ impl Worker {
         mut claimed: Claimed,
         route: Route,
         permit: Permit,
-        room: &Room<'_>,
+        limit: Duration,
     ) {
         if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
             claimed.unknowns = unknowns;
@@ -414,7 +415,7 @@ impl Worker {
             fault::strike(Place::Answered, &delivery.received().body);
             report
         };
-        let report = self.bounded(sending, &progress, room.bound(self.limits.attempt_timeout)).await;
+        let report = self.bounded(sending, &progress, limit).await;
         delivery.trail().report(&report);
         drop(message);
         permit.finish(report.outcome());

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use crate::model::failure::Reason;
 use crate::model::job::Job;
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Settlement};
-use crate::model::policy::Verdict;
+use crate::model::policy::{self, Verdict};
 use crate::model::schedule::ASIDE_S;
 use crate::telemetry;
 
@@ -79,10 +79,13 @@ impl Worker {
         self.desk.put_aside(delivery, delay_s).await;
     }
 
-    async fn end_untried(&self, delivery: InHand<'_>, job: &Job, claimed: Claimed) {
+    async fn end_untried(&self, delivery: InHand<'_>, job: &Job, mut claimed: Claimed) {
+        let unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
         if let Some((reason, detail)) = self.reason_to_give_up(job, &claimed) {
+            claimed.unknowns = unknowns;
             self.desk.give_up(delivery, job, claimed, reason, detail).await;
         } else if delivery.is_worn() {
+            claimed.unknowns = unknowns;
             self.desk.give_up_worn(delivery, job, claimed).await;
         } else {
             self.desk.release(delivery.trail(), &job.key, &claimed).await;

@@ -150,7 +150,8 @@ impl Worker {
                 let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
                 self.work(delivery, job, *claimed, route, permit, limit).await;
             }
-            Ok(TakeUp::GiveUp(claimed, reason, detail, _room)) => {
+            Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
+                claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
             }
             Ok(TakeUp::Suspect(_)) => self.desk.put_aside(delivery, HELD_WAIT_S).await,
@@ -364,7 +365,7 @@ impl Worker {
 
     /// Why a claimed job is not to be attempted at all.
     pub(super) fn reason_to_give_up(&self, job: &Job, claimed: &Claimed) -> Option<(Reason, String)> {
-        if let OrphanDisposition::Dead(reason) = policy::decide_orphan(claimed, job.on_unknown) {
+        if let OrphanDisposition::Dead { reason, .. } = policy::decide_orphan(claimed, job.on_unknown) {
             let detail = format!("{} workers died with this job in hand", claimed.crashes);
             return Some((reason, detail));
         }
@@ -385,10 +386,10 @@ impl Worker {
         permit: Permit,
         limit: Duration,
     ) {
-        if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
-            claimed.unknowns = unknowns;
-        }
-        if claimed.attempts == 0 || claimed.message_id.is_empty() {
+        claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
+        // The first attempt's From makes it; the attempt of a worker that died may have been that.
+        let untried = claimed.attempts == 0 && claimed.crashes == 0 && claimed.replayed_at.is_none();
+        if untried || claimed.message_id.is_empty() {
             claimed.message_id = message_id(&job, route.account.from.email.domain());
         }
         let progress = Arc::new(Progress::new(recipients(&job, &claimed)));
@@ -396,8 +397,9 @@ impl Worker {
         delivery.trail().reach(stage);
         fault::strike(Place::Compose, &delivery.received().body);
         let max_bytes = self.limits.wire.max_message_bytes;
-        let composing =
-            || compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
+        let date = claimed.counted_from();
+        let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
         let message = match heavily(bytes, composing) {
             Ok(message) => message,

@@ -1,12 +1,17 @@
 //! Black-box tests against real services, in one binary.
 
+mod archive;
+mod archive_search;
+mod archive_store;
 mod broker;
 mod cli;
 mod configs;
 mod core;
 mod crashes;
+mod dead_cli;
 mod delivery;
 mod documents;
+mod forgetting;
 mod hostile;
 mod ledger;
 mod losses;

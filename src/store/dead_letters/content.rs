@@ -1,0 +1,140 @@
+//! A letter's content, sealed on its way in and opened on its way out.
+//! Guarantee: content opens only as the same column of the same letter, and no async thread waits for the cipher.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::DeadLetters;
+use crate::model::letter::{LetterId, NewLetter};
+use crate::secrets::{Context, KeyRing, LetterField, OpenError};
+use crate::store::{Store, StoreError};
+
+/// Longest look at every letter.
+const LOOK_BOUND: Duration = Duration::from_secs(60);
+
+const SEALED: &str = "SELECT properties_sealed, body_sealed FROM dead_letters WHERE letter = $1";
+
+/// A sealed value begins with its format, the length of its key's id, and that id. Of damaged ones any number of ids may
+/// seem to be there.
+const KEYS: &str = "
+SELECT encode(substr(properties_sealed, 3, get_byte(properties_sealed, 1)), 'escape') AS key, count(*) AS letters
+FROM dead_letters WHERE length(properties_sealed) > 2 GROUP BY key ORDER BY letters DESC LIMIT 100";
+
+/// What a publisher has published.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Content {
+    /// The body, byte for byte.
+    pub body: Vec<u8>,
+    /// The properties that a republish carries on, as the JSON that was archived.
+    pub properties: Vec<u8>,
+}
+
+/// Shows lengths alone: the rest is personal data.
+impl fmt::Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Content({} + {} bytes)", self.body.len(), self.properties.len())
+    }
+}
+
+/// Why a letter's content cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unopened {
+    /// Its key is not in this program's ring: its settings are at fault, not the letter.
+    #[error("the letter is sealed under the key `{id}`, which is not in encryption.keys")]
+    UnknownKey {
+        /// The key's id.
+        id: String,
+    },
+    /// Changed or moved by something else than this program, or sealed under another key of the same id.
+    #[error("the letter's content is damaged: {0}")]
+    Damaged(String),
+}
+
+impl From<OpenError> for Unopened {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::UnknownKey { id } => Self::UnknownKey { id },
+            OpenError::Tampered | OpenError::Format => Self::Damaged(error.to_string()),
+        }
+    }
+}
+
+/// Content as it is stored.
+pub(super) struct SealedContent {
+    pub(super) body: Vec<u8>,
+    pub(super) properties: Vec<u8>,
+}
+
+impl Store {
+    /// The keys that letters are sealed under, by id, and how many letters each; no letter is opened. Every letter is
+    /// looked at, so it is for a check, not for a worker.
+    ///
+    /// # Errors
+    /// When the database did not answer within a minute.
+    pub async fn letter_keys(&self) -> Result<BTreeMap<String, u64>, StoreError> {
+        let rows = self
+            .on_session_within(LOOK_BOUND, async |session| sqlx::query(KEYS).fetch_all(session).await)
+            .await?;
+        rows.iter()
+            .map(|row| Ok((row.try_get("key")?, row.try_get::<i64, _>("letters")?.unsigned_abs())))
+            .collect()
+    }
+}
+
+impl DeadLetters {
+    /// A letter's content; `None` when there is no such letter. Content that does not open is an answer, not an error.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn open(&self, id: LetterId) -> Result<Option<Result<Content, Unopened>>, StoreError> {
+        let question = sqlx::query(SEALED).bind(id.0);
+        let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
+        let Some(row) = row else { return Ok(None) };
+        let sealed = SealedContent {
+            body: row.try_get("body_sealed")?,
+            properties: row.try_get("properties_sealed")?,
+        };
+        let keys = Arc::clone(&self.keys);
+        let opened = tokio::task::spawn_blocking(move || open(&keys, id.0, &sealed)).await;
+        opened.map(Some).map_err(|_| StoreError::Internal("a letter could not be opened".into()))
+    }
+
+    /// Seals the content of these letters, in their order.
+    pub(super) async fn seal(
+        &self,
+        letters: impl Iterator<Item = &NewLetter>,
+    ) -> Result<Vec<SealedContent>, StoreError> {
+        let keys = Arc::clone(&self.keys);
+        let plain: Vec<(Uuid, Content)> = letters
+            .map(|letter| {
+                let content = Content { body: letter.body.clone(), properties: letter.properties.clone() };
+                (letter.id().0, content)
+            })
+            .collect();
+        let sealing = move || plain.into_iter().map(|(letter, plain)| seal(&keys, letter, &plain)).collect();
+        tokio::task::spawn_blocking(sealing)
+            .await
+            .map_err(|_| StoreError::Internal("a letter could not be sealed".into()))
+    }
+}
+
+fn seal(keys: &KeyRing, letter: Uuid, plain: &Content) -> SealedContent {
+    let seal = |field, bytes: &[u8]| keys.seal_bytes(Context::Letter { letter, field }, bytes);
+    SealedContent {
+        body: seal(LetterField::Body, &plain.body),
+        properties: seal(LetterField::Properties, &plain.properties),
+    }
+}
+
+fn open(keys: &KeyRing, letter: Uuid, sealed: &SealedContent) -> Result<Content, Unopened> {
+    let open = |field, bytes: &[u8]| keys.open_bytes(Context::Letter { letter, field }, bytes);
+    Ok(Content {
+        body: open(LetterField::Body, &sealed.body)?,
+        properties: open(LetterField::Properties, &sealed.properties)?,
+    })
+}

@@ -48,10 +48,14 @@ impl Worker {
             .key()
             .and_then(|_| catch_unwind(AssertUnwindSafe(|| self.read(&delivery))).ok().and_then(Result::ok));
         let Some(job) = job else {
-            return if delivery.is_worn() {
-                self.desk.bury_worn(delivery, None).await;
-            } else {
-                self.later(delivery).await;
+            return match stage {
+                Stage::Unclaimed if delivery.is_worn() => self.desk.bury_worn(delivery, None).await,
+                Stage::Unclaimed => self.later(delivery).await,
+                // It could be read before: whoever reads it again finds what to hand over.
+                _ => {
+                    self.record_what_is_known(trail).await;
+                    self.desk.back_later(delivery).await;
+                }
             };
         };
         match stage {

@@ -20,8 +20,10 @@ use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
+use crate::delivery::quarantine::Quarantine;
 use crate::delivery::settle::Desk;
 use crate::delivery::worker::{Limits, Worker};
+use crate::fault;
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
@@ -59,6 +61,10 @@ pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Resu
         tracing::warn!("{warning}");
     }
     let metrics = Metrics::install()?;
+    telemetry::report_panics();
+    if fault::BUILT_IN {
+        tracing::warn!("this build lets jobs inject faults: it is for tests alone");
+    }
     let readiness = Readiness::new();
     let server = http::Server::bind(settings.http.listen).await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), http = %server.address(), "sendoff starts");
@@ -284,6 +290,7 @@ impl Running {
             incarnations,
             configs,
             dispatcher: self.dispatcher.clone(),
+            quarantine: Quarantine::default(),
             pool: self.pool.clone(),
             database,
             key_missing: self.key_missing.clone(),

@@ -3,7 +3,7 @@
 //! The folders are the outside systems plus one core:
 //!
 //! - [`model`] is pure: what a job is, what can go wrong, what is decided about it. It imports nothing of the crate, and
-//!   neither do the leaves [`clock`] and [`shutdown`]. The leaves [`settings`] and [`telemetry`] know the model only.
+//!   neither do the leaves [`clock`], [`shutdown`] and [`fault`]. The leaves [`settings`] and [`telemetry`] know the model only.
 //! - [`broker`] (lapin), [`store`] (sqlx), [`secrets`] (aes-gcm), [`egress`] (hickory-resolver, sockets) and [`smtp`]
 //!   (lettre) each know one outside library, and import only [`model`], the leaves [`clock`], [`shutdown`] and
 //!   [`settings`], and each other in two places: `smtp` dials through `egress`, `store` seals with `secrets`.
@@ -22,6 +22,7 @@ pub mod control;
 pub mod dead_letters;
 pub mod delivery;
 pub mod egress;
+pub mod fault;
 pub mod http;
 pub mod model;
 pub mod parts;

@@ -22,11 +22,13 @@ const FIRST_AT: &str = "sendoff-first-at";
 const LANE: &str = "sendoff-lane";
 const ROUTING_KEY: &str = "sendoff-routing-key";
 const TURN: &str = "sendoff-turn";
+const FAULTS: &str = "sendoff-faults";
 const REASON: &str = "sendoff-reason";
 const DETAIL: &str = "sendoff-detail";
 const DIED_AT: &str = "sendoff-died-at";
 const RECIPIENTS: &str = "sendoff-recipients";
-const OURS: [&str; 9] = [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, REASON, DETAIL, DIED_AT, RECIPIENTS];
+const OURS: [&str; 10] =
+    [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, FAULTS, REASON, DETAIL, DIED_AT, RECIPIENTS];
 const TRACEPARENT: &str = "traceparent";
 
 /// W3C Trace Context: 55 characters in version 00, with room for later ones.
@@ -57,6 +59,8 @@ pub struct Received {
     pub first_at: Option<OffsetDateTime>,
     /// Which copy this is, as the copy says; 0 where it says nothing usable.
     pub turn: Turn,
+    /// How often a worker has panicked over it, as the copy says; absent: 0.
+    pub faults: u32,
     /// What a republish carries on.
     pub carried: Carried,
     /// On a message from the dead letter queue: what killed it.
@@ -109,6 +113,8 @@ pub struct JobHeaders {
     pub first_at: OffsetDateTime,
     /// The turn that the copy belongs to.
     pub turn: Turn,
+    /// How often a worker has panicked over the job since it was published or replayed.
+    pub faults: u32,
 }
 
 /// Why a message is in the dead letter queue.
@@ -188,6 +194,7 @@ impl Received {
                     .filter(|n| *n >= 0)
                     .unwrap_or(0),
             ),
+            faults: integer_of(headers, FAULTS).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
             carried: Carried::read(&delivery.properties),
             death,
             recipients: None,
@@ -343,13 +350,17 @@ pub(super) fn job_headers(
     routing_key: &str,
     headers: &JobHeaders,
 ) -> Vec<(&'static str, AMQPValue)> {
-    vec![
+    let mut ours = vec![
         (ATTEMPT, AMQPValue::LongLongInt(i64::from(headers.attempt))),
         (FIRST_AT, time_value(headers.first_at)),
         (LANE, long(lane)),
         (ROUTING_KEY, long(routing_key)),
         (TURN, AMQPValue::LongLongInt(i64::from(headers.turn.0))),
-    ]
+    ];
+    if headers.faults > 0 {
+        ours.push((FAULTS, AMQPValue::LongLongInt(i64::from(headers.faults))));
+    }
+    ours
 }
 
 /// What a dead letter bears beside them.

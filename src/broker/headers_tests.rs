@@ -172,7 +172,7 @@ fn a_republish_carries_on_only_what_the_contract_names() {
         .with_app_id("a".into())
         .with_priority(9);
     let received = Received::from_lane(&mut hostile, &Names::new("p"), "l");
-    let headers = JobHeaders { attempt: 1, first_at: OffsetDateTime::UNIX_EPOCH, turn: Turn(1) };
+    let headers = JobHeaders { attempt: 1, first_at: OffsetDateTime::UNIX_EPOCH, turn: Turn(1), faults: 0 };
     let properties = received.carried.to_properties(job_headers("l", "k", &headers));
     let kept: Vec<&str> =
         properties.headers().as_ref().unwrap().inner().keys().map(ShortString::as_str).collect();

@@ -114,6 +114,24 @@ fn an_unknown_outcome_is_counted() {
 }
 
 #[test]
+fn a_job_that_the_worker_cannot_handle_is_dead_for_that_unless_nobody_knows_whether_it_was_sent() {
+    let worn = |verdict, claimed: &Claimed| {
+        let report = Report { later: vec![0, 1, 2], verdict: Some(verdict), ..Report::default() };
+        let mut conclusion = concluded(claimed, &report);
+        conclusion.condemn(&report.later, "worn".to_owned());
+        match conclusion.settlement {
+            Settlement::Dead { reason, .. } => reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    let internal = Verdict::Retry { reason: Reason::Internal, at_least: None, feedback: Feedback::Neutral };
+    assert_eq!(worn(internal, &claimed()), Reason::Internal);
+    assert_eq!(worn(internal, &Claimed { attempts: 9, ..claimed() }), Reason::Internal, "retries had ended");
+    assert_eq!(worn(Verdict::Unknown, &claimed()), Reason::UnknownOutcome);
+    assert_eq!(worn(Verdict::Dead(Reason::SenderRefused), &claimed()), Reason::SenderRefused);
+}
+
+#[test]
 fn a_replayed_job_has_its_retries_and_its_age_anew_and_keeps_the_count_of_its_attempts() {
     let days_ago = NOW - Duration::from_secs(7 * 24 * 3600);
     let exhausted = Claimed { attempts: 2, first_at: days_ago, ..claimed() };

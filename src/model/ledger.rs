@@ -80,6 +80,8 @@ pub struct Claim {
     pub revision: Option<Revision>,
     /// Message-ID to keep, unless one is kept already.
     pub message_id: String,
+    /// The worker has a turn for a job that died with another worker; without it such a job is not granted.
+    pub suspects: bool,
 }
 
 /// What the ledger answers to a claim.
@@ -95,6 +97,11 @@ pub enum ClaimAnswer {
     Held {
         /// The claim's owner.
         owner: Incarnation,
+    },
+    /// It was in the hands of so many workers that died: the worker is to take a turn for it, and claim again.
+    Suspect {
+        /// Counting the one whose claim this would take over.
+        crashes: u32,
     },
     /// The current copy, before its time.
     NotYet {

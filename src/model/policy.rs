@@ -17,7 +17,9 @@ use super::schedule::Schedule;
 /// A used-up quota is renewed by the day; asking sooner than this only prolongs the block.
 const QUOTA_WAIT: Duration = Duration::from_secs(3600);
 /// So many claims by workers that died make a job suspect of killing them.
-const CRASH_LIMIT: u32 = 3;
+pub const CRASH_LIMIT: u32 = 3;
+/// So many panics over a job end it.
+pub const FAULT_LIMIT: u32 = 3;
 
 /// What a failed attempt means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

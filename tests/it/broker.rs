@@ -24,7 +24,7 @@ use super::support::proxy::{Proxy, tls_in_front_of};
 const FIRST_AT: time::OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
 
 fn headers(attempt: u32, turn: i32) -> JobHeaders {
-    JobHeaders { attempt, first_at: FIRST_AT, turn: Turn(turn) }
+    JobHeaders { attempt, first_at: FIRST_AT, turn: Turn(turn), faults: 0 }
 }
 
 fn start(broker: &TestBroker) -> Broker {

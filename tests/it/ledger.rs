@@ -61,6 +61,7 @@ fn copy(key: &JobKey, turn: i32) -> Claim {
         turn: Turn(turn),
         revision: None,
         message_id: "<first@example.org>".into(),
+        suspects: true,
     }
 }
 
@@ -485,6 +486,30 @@ async fn what_a_dead_worker_left_behind_outlives_a_release_and_a_second_death() 
     b.die(&c).await;
     let third = c.granted(copy(&key, 0)).await;
     assert_eq!((third.orphan, third.crashes), (Some(Orphan { committing: true }), 2));
+}
+
+#[tokio::test]
+async fn a_job_that_died_with_a_worker_is_granted_only_in_a_turn_of_its_own() {
+    let (database, a, b) = two_workers().await;
+    let key = key(1);
+    let plain = |turn| Claim { suspects: false, ..copy(&key, turn) };
+    let crashes = |answer| match answer {
+        ClaimAnswer::Suspect { crashes } => crashes,
+        other => panic!("{other:?}"),
+    };
+    a.granted(plain(0)).await;
+    a.die(&b).await;
+    assert_eq!(crashes(b.claim(plain(0)).await), 1);
+    let taken = b.granted(copy(&key, 0)).await;
+    assert!(matches!(b.claim(plain(0)).await, ClaimAnswer::Held { owner } if owner == b.me));
+    b.settled(settle(&key, &taken, deferred(Duration::ZERO))).await;
+    // The refusals did not count, and the next death does.
+    assert_eq!(crashes(b.claim(plain(1)).await), 1);
+    let again = b.granted(copy(&key, 1)).await;
+    assert_eq!((again.orphan, again.crashes), (None, 1));
+    let c = worker(&database).await;
+    b.die(&c).await;
+    assert_eq!(crashes(c.claim(plain(1)).await), 2);
 }
 
 #[tokio::test]

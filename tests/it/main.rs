@@ -17,6 +17,8 @@ mod ledger;
 mod losses;
 mod once;
 mod outages;
+#[cfg(feature = "fault-injection")]
+mod poison;
 mod replay;
 mod replies;
 mod rules;

@@ -22,7 +22,7 @@ const LONG_S: &str = "300";
 
 #[tokio::test]
 async fn a_stop_under_load_loses_nothing_and_sends_nothing_twice() {
-    const JOBS: usize = 240;
+    const JOBS: usize = 120;
     let world = World::new().await;
     let servers = [&world.server, &world.platform];
     for server in servers {

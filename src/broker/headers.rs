@@ -148,6 +148,7 @@ impl Received {
             first_at: None,
             turn: Turn::default(),
             carried,
+            faults: 0,
             death: None,
             recipients: None,
         }

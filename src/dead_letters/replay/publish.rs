@@ -100,7 +100,8 @@ async fn persist(
     patience: Duration,
     (letter, ready, copy): &(Letter, Ready, ReplayCopy),
 ) -> Result<(), Ended> {
-    let headers = JobHeaders { attempt: copy.attempts, first_at: copy.replayed_at, turn: copy.turn };
+    let headers =
+        JobHeaders { attempt: copy.attempts, first_at: copy.replayed_at, turn: copy.turn, faults: 0 };
     let deadline = Instant::now() + patience;
     let mut declared = false;
     loop {

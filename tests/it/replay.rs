@@ -43,7 +43,7 @@ fn archive(world: &World) -> DeadLetters {
 /// A letter of a job of the platform's that a worker gave up a minute ago.
 fn letter_of(job: &Value) -> NewLetter {
     let body = serde_json::to_vec(job).expect("JSON");
-    let died_at = OffsetDateTime::now_utc() - Duration::from_secs(60);
+    let died_at = Clock::system().now() - Duration::from_secs(60);
     let id = job["id"].as_str().and_then(|id| id.parse().ok()).expect("a job of a test has an id");
     NewLetter {
         key: Some(JobKey { organization: None, id }),
@@ -284,7 +284,7 @@ async fn what_may_not_be_sent_again_is_left_out_with_the_reason_and_a_dry_run_ch
         change(&mut letter);
         letter
     };
-    let past = OffsetDateTime::now_utc() - Duration::from_secs(5);
+    let past = Clock::system().now() - Duration::from_secs(5);
     let revision = Revision { group: "booking".into(), sequence: 1 };
     let letters = [
         one(&|_| {}),

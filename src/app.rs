@@ -24,7 +24,7 @@ use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::secrets::KeyRing;
-use crate::settings::{CustomSmtp, RetentionSettings, Settings};
+use crate::settings::{CustomSmtp, Settings};
 use crate::shutdown::Shutdown;
 use crate::smtp::Deadlines;
 use crate::smtp::TlsRoots;
@@ -44,9 +44,13 @@ const CONFIGS_CACHED: usize = 20_000;
 const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
 /// Pause between two looks at the stored configurations while a key is missing.
 const KEY_PAUSE: Duration = Duration::from_secs(10);
+/// How often the archive is looked through for letters that may be forgotten.
+const LETTERS_PAUSE: Duration = Duration::from_secs(60);
+/// Between two slices of them while there are more; a slice takes some tens of milliseconds.
+const LETTERS_REST: Duration = Duration::from_secs(1);
 /// How often gauges are set.
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
-/// How often slices of the ledger and the archive are looked through for what may be forgotten.
+/// How often a slice of the ledger is looked through for what may be forgotten.
 const SWEEP_PAUSE: Duration = Duration::from_secs(60);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
@@ -216,7 +220,12 @@ impl Running {
             self.shutdown.clone(),
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
-        beside.spawn(forget_the_past(self.store.clone(), settings.retention.clone(), self.shutdown.clone()));
+        beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
+        beside.spawn(forget_letters(
+            self.store.clone(),
+            settings.retention.dead_letters,
+            self.shutdown.clone(),
+        ));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
@@ -421,6 +430,26 @@ async fn show_state(
     }
 }
 
+/// Deletes dead letters past `dead_letters.retention_days`, slice by slice: one after the other while there are more, and then
+/// as they become due.
+async fn forget_letters(store: Store, retention: Duration, shutdown: Shutdown) {
+    let mut pause = LETTERS_PAUSE;
+    loop {
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = match store.forget_letters(retention).await {
+            Ok(letters) if !letters.complete => LETTERS_REST,
+            Ok(_) => LETTERS_PAUSE,
+            Err(error) => {
+                tracing::debug!(%error, "the archive could not be looked through now");
+                LETTERS_PAUSE
+            }
+        };
+    }
+}
+
 async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdown: Shutdown) {
     loop {
         telemetry::connections(ConnectionState::Idle, pool.idle());
@@ -435,22 +464,15 @@ async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdo
     }
 }
 
-/// Deletes what is past `ledger.retention_days` and `dead_letters.retention_days`, slice by slice.
-async fn forget_the_past(store: Store, retention: RetentionSettings, shutdown: Shutdown) {
-    let mut sweeper = Sweeper::new(store.clone());
+/// Walks through the ledger, slice by slice, and deletes what is past `ledger.retention_days`.
+async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) {
+    let mut sweeper = Sweeper::new(store);
     loop {
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
-        match store.forget_letters(retention.dead_letters).await {
-            Ok(letters) if letters.forgotten > 0 => {
-                tracing::debug!(letters = letters.forgotten, "dead letters past their retention")
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "the archive could not be looked through now"),
-        }
-        match sweeper.sweep(retention.ledger).await {
+        match sweeper.sweep(retention).await {
             Ok(sweep) if sweep.forgotten > 0 => {
                 tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
             }

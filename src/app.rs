@@ -12,6 +12,7 @@ use crate::broker::Broker;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
+use crate::dead_letters::{self, Archivist};
 use crate::delivery::database::{DatabaseState, DatabaseWatch};
 use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
@@ -24,15 +25,15 @@ use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::secrets::KeyRing;
-use crate::settings::{CustomSmtp, Settings};
+use crate::settings::{CustomSmtp, RetentionSettings, Settings};
 use crate::shutdown::Shutdown;
 use crate::smtp::Deadlines;
 use crate::smtp::TlsRoots;
 use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
 use crate::smtp::{Pool, PoolLimits};
 use crate::store::{
-    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, LaneBinding, Ledger, SchemaState, SmtpConfigs,
-    Store, StoreError, Sweeper,
+    ConfigCache, ConfigChanges, DEAD_AFTER, DeadLetters, Incarnations, LaneBinding, Ledger, SchemaState,
+    SmtpConfigs, Store, StoreError, Sweeper,
 };
 use crate::telemetry::{self, ConnectionState, Metrics};
 
@@ -44,14 +45,12 @@ const CONFIGS_CACHED: usize = 20_000;
 const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
 /// Pause between two looks at the stored configurations while a key is missing.
 const KEY_PAUSE: Duration = Duration::from_secs(10);
-/// How often the archive is looked through for letters that may be forgotten.
-const LETTERS_PAUSE: Duration = Duration::from_secs(60);
-/// Between two slices of them while there are more; a slice takes some tens of milliseconds.
-const LETTERS_REST: Duration = Duration::from_secs(1);
 /// How often gauges are set.
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
-/// How often a slice of the ledger is looked through for what may be forgotten.
+/// How often slices of the ledger and the archive are looked through for what may be forgotten.
 const SWEEP_PAUSE: Duration = Duration::from_secs(60);
+/// How often the letters in the archive are counted.
+const COUNT_PAUSE: Duration = Duration::from_secs(60);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -220,18 +219,16 @@ impl Running {
             self.shutdown.clone(),
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
-        beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
-        beside.spawn(forget_letters(
-            self.store.clone(),
-            settings.retention.dead_letters,
-            self.shutdown.clone(),
-        ));
+        beside.spawn(forget_the_past(self.store.clone(), settings.retention.clone(), self.shutdown.clone()));
+        beside.spawn(count_dead_letters(self.store.clone(), self.shutdown.clone()));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
             self.shutdown.clone(),
         ));
 
+        let archivist = self.archivist(&database, &broker);
+        let archiving = tokio::spawn(archivist.run(broker.dead_letters(dead_letters::PREFETCH)));
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         self.serve_commands(settings, &broker);
@@ -244,6 +241,7 @@ impl Running {
         for lane in lanes {
             lane.await.context("a lane's task")?;
         }
+        archiving.await.context("the archivist's task")?;
         self.shutdown.stop();
         while beside.join_next().await.is_some() {}
         self.pool.close_all(GOODBYE_LIMIT).await;
@@ -294,6 +292,17 @@ impl Running {
                 attempt_timeout: settings.smtp.attempt_timeout,
                 custom_smtp: settings.delivery.custom_smtp,
             },
+            clock: self.clock.clone(),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
+    fn archivist(&self, database: &DatabaseWatch, broker: &Broker) -> Archivist {
+        let database = database.clone();
+        Archivist {
+            archive: DeadLetters::new(self.store.clone(), self.keys.clone()),
+            publisher: broker.publisher(),
+            on_loss: Box::new(move |error| database.lost(error)),
             clock: self.clock.clone(),
             shutdown: self.shutdown.clone(),
         }
@@ -430,26 +439,6 @@ async fn show_state(
     }
 }
 
-/// Deletes dead letters past `dead_letters.retention_days`, slice by slice: one after the other while there are more, and then
-/// as they become due.
-async fn forget_letters(store: Store, retention: Duration, shutdown: Shutdown) {
-    let mut pause = LETTERS_PAUSE;
-    loop {
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = tokio::time::sleep(pause) => {}
-        }
-        pause = match store.forget_letters(retention).await {
-            Ok(letters) if !letters.complete => LETTERS_REST,
-            Ok(_) => LETTERS_PAUSE,
-            Err(error) => {
-                tracing::debug!(%error, "the archive could not be looked through now");
-                LETTERS_PAUSE
-            }
-        };
-    }
-}
-
 async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdown: Shutdown) {
     loop {
         telemetry::connections(ConnectionState::Idle, pool.idle());
@@ -464,15 +453,36 @@ async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdo
     }
 }
 
-/// Walks through the ledger, slice by slice, and deletes what is past `ledger.retention_days`.
-async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) {
-    let mut sweeper = Sweeper::new(store);
+/// Keeps the gauge of the dead letters true.
+async fn count_dead_letters(store: Store, shutdown: Shutdown) {
+    loop {
+        match store.dead_letter_counts().await {
+            Ok(counts) => telemetry::dead_letters(&counts),
+            Err(error) => tracing::debug!(%error, "the dead letters could not be counted now"),
+        }
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = tokio::time::sleep(COUNT_PAUSE) => {}
+        }
+    }
+}
+
+/// Deletes what is past `ledger.retention_days` and `dead_letters.retention_days`, slice by slice.
+async fn forget_the_past(store: Store, retention: RetentionSettings, shutdown: Shutdown) {
+    let mut sweeper = Sweeper::new(store.clone());
     loop {
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
-        match sweeper.sweep(retention).await {
+        match store.forget_letters(retention.dead_letters).await {
+            Ok(letters) if letters.forgotten > 0 => {
+                tracing::debug!(letters = letters.forgotten, "dead letters past their retention")
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the archive could not be looked through now"),
+        }
+        match sweeper.sweep(retention.ledger).await {
             Ok(sweep) if sweep.forgotten > 0 => {
                 tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
             }

@@ -3,6 +3,7 @@
 //! quietly; no password is ever an argument.
 
 mod check;
+mod dead;
 mod exit;
 mod job;
 mod keys;

@@ -1,6 +1,8 @@
 //! The composition root: builds the worker's parts, starts them in order, and stops them in the opposite one.
 //! Guarantee: start order of the services does not matter; after the stop nothing that was taken is left unsettled.
 
+mod upkeep;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +27,7 @@ use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::secrets::KeyRing;
-use crate::settings::{CustomSmtp, RetentionSettings, Settings};
+use crate::settings::{CustomSmtp, Settings};
 use crate::shutdown::Shutdown;
 use crate::smtp::Deadlines;
 use crate::smtp::TlsRoots;
@@ -33,7 +35,7 @@ use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
 use crate::smtp::{Pool, PoolLimits};
 use crate::store::{
     ConfigCache, ConfigChanges, DEAD_AFTER, DeadLetters, Incarnations, LaneBinding, Ledger, SchemaState,
-    SmtpConfigs, Store, StoreError, Sweeper,
+    SmtpConfigs, Store, StoreError,
 };
 use crate::telemetry::{self, ConnectionState, Metrics};
 
@@ -47,10 +49,6 @@ const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
 const KEY_PAUSE: Duration = Duration::from_secs(10);
 /// How often gauges are set.
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
-/// How often slices of the ledger and the archive are looked through for what may be forgotten.
-const SWEEP_PAUSE: Duration = Duration::from_secs(60);
-/// How often the letters in the archive are counted.
-const COUNT_PAUSE: Duration = Duration::from_secs(60);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -219,8 +217,10 @@ impl Running {
             self.shutdown.clone(),
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
-        beside.spawn(forget_the_past(self.store.clone(), settings.retention.clone(), self.shutdown.clone()));
-        beside.spawn(count_dead_letters(self.store.clone(), self.shutdown.clone()));
+        let (store, retention) = (&self.store, &settings.retention);
+        beside.spawn(upkeep::forget_jobs(store.clone(), retention.ledger, self.shutdown.clone()));
+        beside.spawn(upkeep::forget_letters(store.clone(), retention.dead_letters, self.shutdown.clone()));
+        beside.spawn(upkeep::count_dead_letters(store.clone(), self.shutdown.clone()));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
@@ -449,45 +449,6 @@ async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdo
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(GAUGE_PAUSE) => {}
-        }
-    }
-}
-
-/// Keeps the gauge of the dead letters true.
-async fn count_dead_letters(store: Store, shutdown: Shutdown) {
-    loop {
-        match store.dead_letter_counts().await {
-            Ok(counts) => telemetry::dead_letters(&counts),
-            Err(error) => tracing::debug!(%error, "the dead letters could not be counted now"),
-        }
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = tokio::time::sleep(COUNT_PAUSE) => {}
-        }
-    }
-}
-
-/// Deletes what is past `ledger.retention_days` and `dead_letters.retention_days`, slice by slice.
-async fn forget_the_past(store: Store, retention: RetentionSettings, shutdown: Shutdown) {
-    let mut sweeper = Sweeper::new(store.clone());
-    loop {
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = tokio::time::sleep(SWEEP_PAUSE) => {}
-        }
-        match store.forget_letters(retention.dead_letters).await {
-            Ok(letters) if letters.forgotten > 0 => {
-                tracing::debug!(letters = letters.forgotten, "dead letters past their retention")
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "the archive could not be looked through now"),
-        }
-        match sweeper.sweep(retention.ledger).await {
-            Ok(sweep) if sweep.forgotten > 0 => {
-                tracing::debug!(rows = sweep.forgotten, "ledger rows past their retention")
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "the ledger could not be looked through now"),
         }
     }
 }

@@ -14,7 +14,7 @@ use sendoff::model::ledger::{
 };
 use sendoff::model::organization::OrganizationId;
 use sendoff::store::{
-    Incarnations, LaneBinding, Ledger, Liveness, OLDEST_SERVER, SchemaState, Store, StoreError, Sweeper,
+    Incarnations, LaneBinding, Ledger, Liveness, OLDEST_SERVER, SchemaState, Store, StoreError,
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -737,46 +737,6 @@ async fn overlapping_unsorted_batches_of_two_workers_never_deadlock() {
     eventually("the sessions end", || async { database.number(sessions).await == 0 }).await;
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
     assert_eq!(database.number(deadlocks).await, 0);
-}
-
-// Forgetting
-
-#[tokio::test]
-async fn finished_jobs_are_forgotten_after_their_time_and_unfinished_ones_never() {
-    let (database, a, _b) = two_workers().await;
-    let states = ["claimed", "sent", "deferred", "parked", "dead", "unknown", "cancelled"];
-    for days in [1, 91, 200] {
-        for (number, state) in states.iter().enumerate() {
-            database
-                .run(format!(
-                    "INSERT INTO jobs (organization_id, id, state, turn, owner, first_at, updated_at) VALUES \
-                     ('42', '{}', '{state}', 0, 0, now(), now() - interval '{days} days')",
-                    key(days * 10 + number as u128).id
-                ))
-                .await;
-        }
-    }
-    database
-        .run(
-            "INSERT INTO job_groups SELECT '42', 'b' || n, n, now() - interval '100 days' \
-             FROM generate_series(1, 1500) AS n; \
-             INSERT INTO job_groups VALUES ('42', 'young', 1, now())",
-        )
-        .await;
-    let mut sweeper = Sweeper::new(database.store());
-    let retention = Duration::from_secs(90 * 24 * 3600 + 12 * 3600);
-    let first = sweeper.sweep(retention).await.unwrap();
-    assert_eq!((first.complete, first.seen), (false, 21 + 1000));
-    assert_eq!(first.forgotten, 5 + 1000);
-    let second = sweeper.sweep(retention).await.unwrap();
-    assert!(second.complete);
-    assert_eq!(second.forgotten, 500);
-    let left = "SELECT count(*) FROM jobs WHERE state IN ('sent', 'dead', 'cancelled')";
-    // A dead job of 91 days is within the day of grace.
-    assert_eq!(database.number(left).await, 3 + 1);
-    assert_eq!(database.number("SELECT count(*) FROM jobs").await, 21 - 5);
-    assert_eq!(database.number("SELECT count(*) FROM job_groups").await, 1);
-    a.granted(copy(&key(911), 0)).await;
 }
 
 // The schema, the server, the bindings

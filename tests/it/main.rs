@@ -10,6 +10,7 @@ mod core;
 mod crashes;
 mod delivery;
 mod documents;
+mod forgetting;
 mod hostile;
 mod ledger;
 mod losses;

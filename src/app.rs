@@ -12,6 +12,7 @@ use crate::broker::Broker;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
+use crate::dead_letters::{self, Archivist};
 use crate::delivery::database::{DatabaseState, DatabaseWatch};
 use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
@@ -31,8 +32,8 @@ use crate::smtp::TlsRoots;
 use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
 use crate::smtp::{Pool, PoolLimits};
 use crate::store::{
-    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, LaneBinding, Ledger, SchemaState, SmtpConfigs,
-    Store, StoreError, Sweeper,
+    ConfigCache, ConfigChanges, DEAD_AFTER, DeadLetters, Incarnations, LaneBinding, Ledger, SchemaState,
+    SmtpConfigs, Store, StoreError, Sweeper,
 };
 use crate::telemetry::{self, ConnectionState, Metrics};
 
@@ -48,6 +49,8 @@ const KEY_PAUSE: Duration = Duration::from_secs(10);
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
 /// How often slices of the ledger and the archive are looked through for what may be forgotten.
 const SWEEP_PAUSE: Duration = Duration::from_secs(60);
+/// How often the letters in the archive are counted.
+const COUNT_PAUSE: Duration = Duration::from_secs(60);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -217,12 +220,15 @@ impl Running {
         ));
         beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
         beside.spawn(forget_the_past(self.store.clone(), settings.retention.clone(), self.shutdown.clone()));
+        beside.spawn(count_dead_letters(self.store.clone(), self.shutdown.clone()));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
             self.shutdown.clone(),
         ));
 
+        let archivist = self.archivist(&database, &broker);
+        let archiving = tokio::spawn(archivist.run(broker.dead_letters(dead_letters::PREFETCH)));
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         self.serve_commands(settings, &broker);
@@ -235,6 +241,7 @@ impl Running {
         for lane in lanes {
             lane.await.context("a lane's task")?;
         }
+        archiving.await.context("the archivist's task")?;
         self.shutdown.stop();
         while beside.join_next().await.is_some() {}
         self.pool.close_all(GOODBYE_LIMIT).await;
@@ -285,6 +292,17 @@ impl Running {
                 attempt_timeout: settings.smtp.attempt_timeout,
                 custom_smtp: settings.delivery.custom_smtp,
             },
+            clock: self.clock.clone(),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
+    fn archivist(&self, database: &DatabaseWatch, broker: &Broker) -> Archivist {
+        let database = database.clone();
+        Archivist {
+            archive: DeadLetters::new(self.store.clone(), self.keys.clone()),
+            publisher: broker.publisher(),
+            on_loss: Box::new(move |error| database.lost(error)),
             clock: self.clock.clone(),
             shutdown: self.shutdown.clone(),
         }
@@ -431,6 +449,20 @@ async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdo
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(GAUGE_PAUSE) => {}
+        }
+    }
+}
+
+/// Keeps the gauge of the dead letters true.
+async fn count_dead_letters(store: Store, shutdown: Shutdown) {
+    loop {
+        match store.dead_letter_counts().await {
+            Ok(counts) => telemetry::dead_letters(&counts),
+            Err(error) => tracing::debug!(%error, "the dead letters could not be counted now"),
+        }
+        tokio::select! {
+            () = shutdown.stop_now() => return,
+            () = tokio::time::sleep(COUNT_PAUSE) => {}
         }
     }
 }

@@ -7,7 +7,8 @@
 //! - [`broker`] (lapin), [`store`] (sqlx), [`secrets`] (aes-gcm), [`egress`] (hickory-resolver, sockets) and [`smtp`]
 //!   (lettre) each know one outside library, and import only [`model`], the leaves [`clock`], [`shutdown`] and
 //!   [`settings`], and each other in two places: `smtp` dials through `egress`, `store` seals with `secrets`.
-//! - [`delivery`] and [`control`] are the only places where two outside systems meet. They do not import each other.
+//! - [`delivery`], [`control`] and [`dead_letters`] are the only places where two outside systems meet. They do not import
+//!   each other.
 //! - [`parts`] builds adapters from the settings, for [`cli`] and [`app`].
 //! - [`cli`] and [`http`] stand in front; [`app`] composes the worker, and only `main` imports it.
 //!
@@ -18,6 +19,7 @@ pub mod broker;
 pub mod cli;
 pub mod clock;
 pub mod control;
+pub mod dead_letters;
 pub mod delivery;
 pub mod egress;
 pub mod http;

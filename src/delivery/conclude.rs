@@ -61,9 +61,9 @@ pub fn conclude(
         conclusion.pending = Some(report.later.clone());
     }
     let progress = Progress {
-        attempts: conclusion.attempts,
+        attempts: conclusion.attempts.saturating_sub(claimed.spared),
         unknowns: claimed.unknowns,
-        first_at: claimed.first_at,
+        counted_from: claimed.counted_from(),
         expires_at: job.expires_at,
         on_unknown: job.on_unknown,
         platform,

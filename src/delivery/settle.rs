@@ -5,8 +5,7 @@
 use std::time::Duration;
 
 use crate::broker::wire::Refusal;
-use crate::broker::{DeadLetter, PublishError, Publisher};
-use crate::broker::{JobHeaders, Received, Scalar};
+use crate::broker::{DeadLetter, JobHeaders, PublishError, Publisher};
 use crate::clock::Clock;
 use crate::model::event::{Event, JobFacts, RefusedRecipient, What};
 use crate::model::failure::{Reason, Reply};
@@ -33,8 +32,6 @@ const SHORTEST_ASIDE_S: u32 = ASIDE_S[0];
 
 /// What is published to may be missing for a moment, during somebody's maintenance; then it is declared again.
 const TRIES_BEFORE_DECLARING: u32 = 20;
-/// Header of a dead letter that is for some recipients only: their positions in the job, comma-separated.
-const RECIPIENTS: &str = "sendoff-recipients";
 
 /// Records and hands over.
 pub struct Desk {
@@ -152,8 +149,11 @@ impl Desk {
 
     /// Does a recorded hand-over once more: its recorder may have died before it.
     pub async fn repeat(&self, delivery: InHand<'_>, job: &Job, hand_over: HandOver) {
-        let headers =
-            JobHeaders { attempt: hand_over.attempts, first_at: hand_over.first_at, turn: hand_over.turn };
+        let headers = JobHeaders {
+            attempt: hand_over.attempts,
+            first_at: hand_over.counted_from(),
+            turn: hand_over.turn,
+        };
         let reason = hand_over.reason.unwrap_or(Reason::Internal);
         let now = self.clock.now();
         let done = async {
@@ -264,7 +264,8 @@ impl Desk {
             Ok(settled) => {
                 self.debts.pay(&job.key, owed);
                 if settled == Outcome::Sent {
-                    let since = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let published = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let since = claimed.replayed_at.unwrap_or(published);
                     let took = Duration::try_from(self.clock.now() - since).unwrap_or_default();
                     delivery.lane().metrics.job_took(took);
                 }
@@ -299,7 +300,7 @@ impl Desk {
             }
             Settlement::Deferred { reason, wait } => {
                 let delay_s = self.retry.schedule.queue_for_s(*wait);
-                let headers = next(claimed.turn.next());
+                let headers = JobHeaders { first_at: claimed.counted_from(), ..next(claimed.turn.next()) };
                 self.owe("retry", || self.retry_copy(delivery, delay_s, headers)).await?;
                 announce(What::Deferred { reason: *reason, next_attempt_at: now + *wait }).await?;
                 Ok(Outcome::Deferred)
@@ -322,11 +323,13 @@ impl Desk {
         detail: &str,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let positions: Vec<String> = refused.iter().map(|refused| refused.index.to_string()).collect();
-        let mut letter = delivery.received().clone();
-        letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
+        let mut positions: Vec<u16> = refused.iter().map(|refused| refused.index).collect();
+        positions.sort_unstable();
+        positions.dedup();
         let reason = refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
-        self.bury_letter(&letter, &delivery.lane().name, reason, detail, headers).await
+        let recipients = Some(positions.as_slice());
+        self.bury_for(delivery, DeadLetter { reason, detail, died_at: self.clock.now(), recipients }, headers)
+            .await
     }
 
     /// None of a delivery that was lost meanwhile: it comes again by itself.
@@ -359,18 +362,17 @@ impl Desk {
         detail: &str,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        self.bury_letter(delivery.received(), &delivery.lane().name, reason, detail, headers).await
+        let death = DeadLetter { reason, detail, died_at: self.clock.now(), recipients: None };
+        self.bury_for(delivery, death, headers).await
     }
 
-    async fn bury_letter(
+    async fn bury_for(
         &self,
-        letter: &Received,
-        lane: &str,
-        reason: Reason,
-        detail: &str,
+        delivery: &InHand<'_>,
+        death: DeadLetter<'_>,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let death = DeadLetter { reason, detail, died_at: self.clock.now() };
+        let (letter, lane) = (delivery.received(), &delivery.lane().name);
         self.owe("dead letter", || self.publisher.dead_letter(letter, lane, headers, death)).await
     }
 

@@ -119,7 +119,8 @@ impl Worker {
             Ok(TakeUp::Work(claimed, route, permit)) => {
                 self.work(delivery, job, *claimed, route, permit).await
             }
-            Ok(TakeUp::GiveUp(claimed, reason, detail)) => {
+            Ok(TakeUp::GiveUp(mut claimed, reason, detail)) => {
+                claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
             }
             Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
@@ -298,7 +299,7 @@ impl Worker {
 
     /// Why a claimed job is not to be attempted at all.
     fn reason_to_give_up(&self, job: &Job, claimed: &Claimed) -> Option<(Reason, String)> {
-        if let OrphanDisposition::Dead(reason) = policy::decide_orphan(claimed, job.on_unknown) {
+        if let OrphanDisposition::Dead { reason, .. } = policy::decide_orphan(claimed, job.on_unknown) {
             let detail = format!("{} workers died with this job in hand", claimed.crashes);
             return Some((reason, detail));
         }
@@ -318,15 +319,16 @@ impl Worker {
         route: Route,
         permit: Permit,
     ) {
-        if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
-            claimed.unknowns = unknowns;
-        }
-        if claimed.attempts == 0 || claimed.message_id.is_empty() {
+        claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
+        // The first attempt's From makes it; the attempt of a worker that died may have been that.
+        let untried = claimed.attempts == 0 && claimed.crashes == 0 && claimed.replayed_at.is_none();
+        if untried || claimed.message_id.is_empty() {
             claimed.message_id = message_id(&job, route.account.from.email.domain());
         }
         let max_bytes = self.limits.wire.max_message_bytes;
-        let composing =
-            || compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
+        let date = claimed.counted_from();
+        let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
         let composed = std::panic::catch_unwind(AssertUnwindSafe(|| heavily(bytes, composing)));
         let Ok(composed) = composed else {

@@ -127,6 +127,8 @@ pub struct HandOver {
     pub attempts: u32,
     /// When the job was first seen.
     pub first_at: OffsetDateTime,
+    /// When it was last replayed.
+    pub replayed_at: Option<OffsetDateTime>,
     /// How long ago it was recorded. A worker that vanished is noticed only after some seconds, so "its recorder lives"
     /// is no proof of anything while this is short.
     pub age: Duration,
@@ -143,8 +145,12 @@ pub struct Claimed {
     pub turn: Turn,
     /// Attempts made before.
     pub attempts: u32,
+    /// Those of them that were made before the last replay.
+    pub spared: u32,
     /// When it was first seen.
     pub first_at: OffsetDateTime,
+    /// When it was last replayed: its age and its retries count from there.
+    pub replayed_at: Option<OffsetDateTime>,
     /// The database's time of the claim.
     pub now: OffsetDateTime,
     /// The Message-ID to use, with angle brackets.
@@ -167,6 +173,20 @@ pub struct Claimed {
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
     pub config_version: Option<i64>,
+}
+
+impl Claimed {
+    /// From when its age counts, and what its message gives as its date.
+    pub fn counted_from(&self) -> OffsetDateTime {
+        self.replayed_at.unwrap_or(self.first_at)
+    }
+}
+
+impl HandOver {
+    /// From when the age of its copy counts. A dead letter tells of the whole story.
+    pub fn counted_from(&self) -> OffsetDateTime {
+        self.replayed_at.filter(|_| self.state == State::Deferred).unwrap_or(self.first_at)
+    }
 }
 
 /// What is known of the claim of a worker that died.

@@ -285,6 +285,7 @@ fn is_away(code: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::letter::{LetterFilter, LetterId};
 
     #[test]
     fn the_servers_condition_is_told_from_a_refused_statement() {
@@ -324,6 +325,18 @@ mod tests {
         spawned(|store| async move { store.lane_bindings("p").await });
         spawned(|store| async move { store.replace_lane_bindings("p", &[]).await });
         spawned(|store| async move { store.job_status_anywhere(uuid::Uuid::nil()).await });
+        spawned(|store| async move { store.letters(&LetterFilter::default(), None, 1).await });
+        spawned(|store| async move { store.letters_of(uuid::Uuid::nil(), None).await });
+        spawned(|store| async move { store.letter_stats(&LetterFilter::default()).await });
+        spawned(|store| async move { store.dead_letter_counts().await });
+        spawned(|store| async move { store.letter_keys().await });
+        spawned(|store| async move { store.forget_letters(STATEMENT_BOUND).await });
+        let archive = |store| {
+            let keys = crate::secrets::KeyRing::generate("a").expect("an id");
+            DeadLetters::new(store, crate::secrets::KeyRing::parse(&[keys]).expect("a key").into())
+        };
+        spawned(move |store| async move { archive(store).archive(&[]).await });
+        spawned(move |store| async move { archive(store).open(LetterId(uuid::Uuid::nil())).await });
         spawned(|store| async move { Sweeper::new(store).sweep(STATEMENT_BOUND).await });
     }
 }

@@ -1,11 +1,10 @@
 //! Dead letters found by filter and counted, against a real PostgreSQL: among a few, and among a hundred thousand.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sendoff::model::failure::Reason;
 use sendoff::model::letter::{Letter, LetterFilter, LetterId, LetterState};
-use sendoff::store::{LetterAge, Store};
+use sendoff::store::LetterAge;
 use sqlx::Row;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -128,23 +127,11 @@ fn combinations(all: &[Seen]) -> Vec<LetterFilter> {
     [one, several].iter().flat_map(|from| (0..128).map(|chosen| choose(from, chosen))).collect()
 }
 
-/// Every node of a plan, and of the plans under it.
-fn nodes(plan: &serde_json::Value, into: &mut Vec<String>) {
-    into.extend(plan["Node Type"].as_str().map(str::to_owned));
-    for child in plan["Plans"].as_array().into_iter().flatten() {
-        nodes(child, into);
-    }
-}
-
-async fn plan(
-    store: &Store,
-    filter: &LetterFilter,
-    after: Option<(OffsetDateTime, LetterId)>,
-) -> Vec<String> {
-    let explained = store.explain_letters(filter, after, 50).await.expect("the database answers");
-    let mut found = Vec::new();
-    nodes(&explained[0]["Plan"], &mut found);
-    found
+/// What a plan and the plans under it say about something, its `Node Type` or `Index Name` say.
+fn said(plan: &serde_json::Value, about: &str) -> Vec<String> {
+    let mine = plan[about].as_str().map(str::to_owned);
+    let below = plan["Plans"].as_array().into_iter().flatten().flat_map(|below| said(below, about));
+    mine.into_iter().chain(below).collect()
 }
 
 #[tokio::test]
@@ -157,7 +144,8 @@ async fn a_hundred_thousand_letters_are_listed_from_an_index_by_every_combinatio
         let mut expected = all.iter().filter(|seen| seen.is_meant(&filter)).map(|seen| seen.letter);
         let mut after = None;
         for page in 1..=2 {
-            let plan = plan(&store, &filter, after).await;
+            let explained = store.explain_letters(&filter, after, 50).await.expect("the database answers");
+            let plan = said(&explained[0]["Plan"], "Node Type");
             let by_index = plan.iter().any(|node| node.contains("Index"));
             assert!(by_index && !plan.iter().any(|node| node.contains("Seq Scan")), "{filter:?}: {plan:?}");
             let letters = store.letters(&filter, after, 50).await.expect("the database answers");
@@ -165,6 +153,40 @@ async fn a_hundred_thousand_letters_are_listed_from_an_index_by_every_combinatio
             assert_eq!(names(&letters), wanted, "page {page} of {filter:?}");
             after = letters.last().map(place).or(after);
         }
+    }
+}
+
+#[tokio::test]
+async fn what_is_rare_is_found_by_an_index_of_its_own() {
+    let database = TestDatabase::migrated().await;
+    fill(&database, 20_000, "timestamptz '2026-11-20 12:00:00Z' - g * interval '7 seconds'").await;
+    database
+        .run(
+            "UPDATE dead_letters SET organization_id = 'rare', kind = 'rare', reason = 'crash_loop', state = 'replaying'
+             WHERE letter IN (SELECT letter FROM dead_letters ORDER BY letter LIMIT 4)",
+        )
+        .await;
+    database.run("VACUUM ANALYZE dead_letters").await;
+    let (store, all) = (database.store(), everything(&database).await);
+    let any = LetterFilter::default();
+    let id = all[100].letter;
+    let cases = [
+        (LetterFilter { organizations: vec!["rare".into()], ..any.clone() }, "dead_letters_by_organization"),
+        (LetterFilter { kinds: vec!["rare".into()], ..any.clone() }, "dead_letters_by_kind"),
+        (LetterFilter { reasons: vec![Reason::CrashLoop], ..any.clone() }, "dead_letters_by_reason"),
+        (LetterFilter { states: vec![LetterState::Replaying], ..any.clone() }, "dead_letters_by_state"),
+        (LetterFilter { until: Some(all[19_990].died_at), ..any.clone() }, "dead_letters_by_time"),
+        (LetterFilter { ids: vec![id], ..any.clone() }, "dead_letters_by_job"),
+        (LetterFilter { ids: vec![id], ..any }, "dead_letters_pkey"),
+    ];
+    for (filter, index) in cases {
+        let explained = store.explain_letters(&filter, None, 50).await.expect("the database answers");
+        let used = said(&explained[0]["Plan"], "Index Name");
+        assert!(used.iter().any(|used| used == index), "{filter:?}: {explained}");
+        let letters = store.letters(&filter, None, 50).await.expect("the database answers");
+        let wanted: Vec<Uuid> =
+            all.iter().filter(|seen| seen.is_meant(&filter)).map(|seen| seen.letter).collect();
+        assert_eq!(names(&letters), wanted, "{filter:?}");
     }
 }
 
@@ -205,12 +227,10 @@ async fn counts_add_up_to_what_is_listed() {
     fill(&database, 3000, ages).await;
     let (store, all) = (database.store(), everything(&database).await);
     let now = all[0].died_at + time::Duration::minutes(59);
-    let class = |died_at: OffsetDateTime| match (now - died_at).whole_hours() {
-        ..1 => LetterAge::Hour,
-        ..24 => LetterAge::Day,
-        ..168 => LetterAge::Week,
-        ..720 => LetterAge::Month,
-        _ => LetterAge::Older,
+    let class = |died_at: OffsetDateTime| {
+        let hours = (now - died_at).whole_hours();
+        let class = [1, 24, 168, 720].iter().position(|limit| hours < *limit);
+        class.map_or(LetterAge::Older, |class| LetterAge::ALL[class])
     };
     for filter in combinations(&all) {
         let mut expected: BTreeMap<(String, String, LetterAge), u64> = BTreeMap::new();

@@ -364,6 +364,12 @@ async fn content_that_was_moved_changed_or_sealed_under_another_key_does_not_ope
     assert!(archive.open(whole).await.unwrap().expect("it is there").is_ok());
     let keyless = DeadLetters::new(database.store(), keys(OTHER_KEY)).open(whole).await.unwrap();
     assert_eq!(keyless.expect("it is there"), Err(Unopened::UnknownKey { id: "k1".into() }));
+    let newer = letter(5);
+    archived(&DeadLetters::new(database.store(), keys(OTHER_KEY)), &[newer]).await;
+    let emptied = format!("UPDATE dead_letters SET properties_sealed = '' WHERE letter = '{moved}'");
+    database.run(emptied).await;
+    let known = database.store().letter_keys().await.expect("the database answers");
+    assert_eq!(known, [("k1".to_owned(), 3), ("k2".to_owned(), 1)].into());
 }
 
 #[tokio::test]

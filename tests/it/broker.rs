@@ -186,7 +186,8 @@ async fn a_dead_letter_bears_its_reason_and_comes_back_when_released() {
     let broker = start(&test);
     let publisher = broker.publisher();
     let (mut lane, mut dead) = (broker.lane("reminders").expect("a lane"), broker.dead_letters(10));
-    let death = DeadLetter { reason: Reason::AuthFailed, detail: "535\r\nno", died_at: FIRST_AT };
+    let recipients = Some(&[0, 2][..]);
+    let death = DeadLetter { reason: Reason::AuthFailed, detail: "535\r\nno", died_at: FIRST_AT, recipients };
     let delivery = next(&mut lane).await;
     let handed = delivery.dead_letter(&publisher, "reminders", headers(2, 1), death).await;
     assert_eq!(handed.expect("handed over"), Settled::Done);
@@ -199,6 +200,7 @@ async fn a_dead_letter_bears_its_reason_and_comes_back_when_released() {
         (Reason::AuthFailed, Some("535 no"), Some(FIRST_AT))
     );
     assert_eq!((received.lane.as_deref(), received.routing_key.as_str()), (Some("reminders"), "reminder.x"));
+    assert_eq!(received.recipients, Some(vec![0, 2]));
     publisher.release(&received, "reminders", headers(2, 2)).await.expect("released");
     assert_eq!(letter.ack().await, Settled::Done);
 

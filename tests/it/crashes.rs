@@ -116,7 +116,7 @@ async fn a_dead_letter_that_a_living_worker_cannot_hand_over_is_handed_over_by_w
     assert_eq!(world.event("email.dead", id).await["reason"], "sender_refused");
     recorder.kill().await;
     next.stop().await;
-    for queue in ["jobs.notifications", "dead"] {
+    for queue in ["jobs.notifications", "tap"] {
         world.broker.wait_count(&world.broker.name(queue), 0).await;
     }
     assert_eq!(world.platform.seen(|seen| seen.count("MAIL")), 1);
@@ -216,7 +216,7 @@ async fn a_dead_letter_that_a_shovel_moved_back_is_not_sent_and_not_lost() {
     let id = world.publish(&job(None)).await;
     assert_eq!(world.event("email.dead", id).await["reason"], "recipients_refused");
 
-    let dead = world.broker.name("dead");
+    let dead = world.broker.tap();
     let letter = world.broker.take(&dead).await;
     let key = letter.text("sendoff-routing-key").expect("the letter keeps its routing key");
     world.broker.publish_job(&key, &letter.body, letter.properties.clone()).await;

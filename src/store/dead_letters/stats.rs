@@ -1,5 +1,5 @@
 //! Letters counted.
-//! Guarantee: the counts of a filter add up to the letters that a listing by it shows, and are read from an index alone.
+//! Guarantee: the counts of a filter add up to the letters that a listing by it shows.
 
 use serde::Serialize;
 use sqlx::Row;
@@ -87,7 +87,8 @@ impl Store {
         Ok(counts.collect::<Result<_, _>>()?)
     }
 
-    /// How many letters wait for a person, by reason; a reason without any is not there.
+    /// How many letters wait for a person, by reason; a reason without any is not there. Read from an index alone, it is cheap
+    /// enough for a metric.
     ///
     /// # Errors
     /// When the database did not answer.

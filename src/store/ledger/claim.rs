@@ -47,7 +47,7 @@ WITH asked AS MATERIALIZED (
         turn = excluded.turn,
         owner = excluded.owner,
         updated_at = excluded.updated_at,
-        message_id = coalesce(j.message_id, excluded.message_id),
+        message_id = coalesce(nullif(j.message_id, ''), excluded.message_id),
         not_before = NULL,
         committing = false,
         crashes = CASE WHEN j.state = 'claimed' AND j.owner <> ALL ($6) THEN j.crashes + 1 ELSE j.crashes END,
@@ -63,7 +63,7 @@ WITH asked AS MATERIALIZED (
                 AND (j.not_before IS NULL OR j.not_before <= now() + interval '500 milliseconds')
             ELSE excluded.turn > j.turn
         END
-    RETURNING organization_id, id, turn, attempts, first_at, message_id, pending, refused, partly_sent, orphan,
+    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, message_id, pending, refused, partly_sent, orphan,
         crashes, unknowns
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
@@ -77,8 +77,8 @@ LEFT JOIN job_groups AS groups
 
 /// Why the rest was not granted.
 const LOOK: &str = "
-SELECT j.organization_id, j.id, j.body_hash, j.state, j.turn, j.owner, j.attempts, j.first_at, j.updated_at,
-    j.not_before, j.reason, j.detail, now() AS now
+SELECT j.organization_id, j.id, j.body_hash, j.state, j.turn, j.owner, j.attempts, j.first_at, j.replayed_at,
+    j.updated_at, j.not_before, j.reason, j.detail, now() AS now
 FROM unnest($1::text[], $2::uuid[]) AS a (organization_id, id)
 JOIN jobs AS j ON j.id = a.id AND j.organization_id = a.organization_id";
 
@@ -267,7 +267,9 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         owner,
         turn: Turn(row.try_get("turn")?),
         attempts: count(row.try_get("attempts")?),
+        spared: count(row.try_get("spared")?),
         first_at: row.try_get("first_at")?,
+        replayed_at: row.try_get("replayed_at")?,
         now: row.try_get("now")?,
         message_id: row.try_get("message_id")?,
         pending: pending.map(|all| all.into_iter().filter_map(|index| u16::try_from(index).ok()).collect()),
@@ -313,6 +315,7 @@ impl Standing {
             wait: not_before.map(|not_before| until(now, not_before)).unwrap_or_default(),
             attempts: count(row.try_get("attempts")?),
             first_at: row.try_get("first_at")?,
+            replayed_at: row.try_get("replayed_at")?,
             age: until(row.try_get("updated_at")?, now),
             taken_up,
         };

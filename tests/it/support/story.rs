@@ -61,9 +61,9 @@ impl World {
 pub struct Letters(Vec<Message>);
 
 impl Letters {
-    /// The letter of a job, taken off the queue.
+    /// The letter of a job, taken off the tap.
     pub async fn of(&mut self, world: &World, id: Uuid) -> Message {
-        let queue = world.broker.name("dead");
+        let queue = world.broker.tap();
         let mut position = None;
         eventually(&format!("a dead letter of {id}"), async || {
             self.0.extend(world.broker.drain(&queue).await);
@@ -74,9 +74,9 @@ impl Letters {
         self.0.swap_remove(position.expect("just seen"))
     }
 
-    /// How many letters are left over once the queue is drained.
+    /// How many letters are left over once the tap is drained.
     pub async fn left(&mut self, world: &World) -> usize {
-        self.0.extend(world.broker.drain(&world.broker.name("dead")).await);
+        self.0.extend(world.broker.drain(&world.broker.tap()).await);
         self.0.len()
     }
 }

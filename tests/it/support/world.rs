@@ -79,6 +79,7 @@ impl World {
         let (server, platform, broker, database) =
             tokio::join!(server, platform, broker, TestDatabase::migrated());
         broker.declare().await;
+        broker.declare_tap().await;
         let directory = tempfile::tempdir().expect("a temporary directory");
         let authority_file = directory.path().join("authority.pem");
         std::fs::write(&authority_file, authority.pem()).expect("written");
@@ -257,9 +258,9 @@ impl World {
         found.expect("just seen")
     }
 
-    /// The next dead letter, taken off the queue: body, reason, detail.
+    /// The next dead letter, taken off the tap: body, reason, detail.
     pub async fn dead_letter(&self) -> (Vec<u8>, String, String) {
-        let letter = self.broker.take(&self.broker.name("dead")).await;
+        let letter = self.broker.take(&self.broker.tap()).await;
         let header = |name| letter.text(name).unwrap_or_default();
         let (reason, detail) = (header("sendoff-reason"), header("sendoff-detail"));
         (letter.body, reason, detail)

@@ -31,7 +31,7 @@ fn closed_port() -> u16 {
 fn help_names_every_command_and_each_has_an_example() {
     let help = sendoff(&["--help"], &[]);
     assert_eq!(help.status.code(), Some(0));
-    for command in ["worker", "check", "migrate", "topology", "job", "org", "keys"] {
+    for command in ["worker", "check", "migrate", "topology", "job", "dead", "org", "keys"] {
         assert!(stdout(&help).contains(command), "{command}");
         let own = sendoff(&[command, "--help"], &[]);
         assert_eq!(own.status.code(), Some(0));

@@ -8,6 +8,7 @@ mod cli;
 mod configs;
 mod core;
 mod crashes;
+mod dead_cli;
 mod delivery;
 mod documents;
 mod forgetting;

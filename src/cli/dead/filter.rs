@@ -67,6 +67,11 @@ impl FilterArgs {
             && self.id.is_empty()
     }
 
+    /// What is said when there is no such letter.
+    pub(in crate::cli) fn nothing(&self) -> &'static str {
+        if self.is_empty() { "The archive has no dead letter." } else { "No dead letter matches." }
+    }
+
     /// The conditions, with ages counted from `now`.
     ///
     /// # Errors

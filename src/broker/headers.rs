@@ -137,6 +137,22 @@ impl Received {
         OffsetDateTime::from_unix_timestamp(seconds).ok()
     }
 
+    /// A message that lay in the archive, to be published again: what is said of its copy comes with the publish.
+    pub fn of_archive(body: Vec<u8>, routing_key: String, carried: Carried) -> Self {
+        Self {
+            body,
+            lane: None,
+            routing_key,
+            redelivered: false,
+            attempt: 0,
+            first_at: None,
+            turn: Turn::default(),
+            carried,
+            death: None,
+            recipients: None,
+        }
+    }
+
     /// Reads a message from a lane's queue.
     pub(super) fn from_lane(delivery: &mut lapin::message::Delivery, names: &Names, lane: &str) -> Self {
         let came_by_topic = delivery.exchange.as_str() == names.jobs();

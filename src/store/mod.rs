@@ -23,12 +23,15 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, PgConnection};
 
-pub use audit::AuditEntry;
+pub use audit::{AuditEntry, OpenEntry};
 pub use bindings::LaneBinding;
 pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
-pub use dead_letters::{Archived, Content, DeadLetters, LetterAge, LetterCount, LettersForgotten, Unopened};
+pub use dead_letters::{
+    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, Place,
+    ReplayCopy, Taken, Taking, Unopened,
+};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
 pub use sealed_keys::SealedReport;

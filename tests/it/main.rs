@@ -19,6 +19,7 @@ mod once;
 mod outages;
 #[cfg(feature = "fault-injection")]
 mod poison;
+mod replay;
 mod replies;
 mod rules;
 mod smtp_sessions;

@@ -1,6 +1,7 @@
 //! A letter's content, sealed on its way in and opened on its way out.
 //! Guarantee: content opens only as the same column of the same letter, and no async thread waits for the cipher.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use crate::model::letter::{LetterId, NewLetter};
 use crate::secrets::{Context, KeyRing, LetterField, OpenError};
 use crate::store::StoreError;
 
-const SEALED: &str = "SELECT properties_sealed, body_sealed FROM dead_letters WHERE letter = $1";
+const SEALED: &str =
+    "SELECT letter, properties_sealed, body_sealed FROM dead_letters WHERE letter = ANY ($1)";
 
 /// What a publisher has published.
 #[derive(Clone, PartialEq, Eq)]
@@ -65,16 +67,35 @@ impl DeadLetters {
     /// # Errors
     /// When the database did not answer.
     pub async fn open(&self, id: LetterId) -> Result<Option<Result<Content, Unopened>>, StoreError> {
-        let question = sqlx::query(SEALED).bind(id.0);
-        let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
-        let Some(row) = row else { return Ok(None) };
-        let sealed = SealedContent {
-            body: row.try_get("body_sealed")?,
-            properties: row.try_get("properties_sealed")?,
-        };
+        Ok(self.open_all(&[id]).await?.remove(&id))
+    }
+
+    /// The same of several letters; no entry where there is no such letter. The caller bounds their bytes, of which twice as
+    /// many are in memory.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn open_all(
+        &self,
+        ids: &[LetterId],
+    ) -> Result<HashMap<LetterId, Result<Content, Unopened>>, StoreError> {
+        let question = sqlx::query(SEALED).bind(ids.iter().map(|id| id.0).collect::<Vec<_>>());
+        let rows = self.store.on_session(async |session| question.fetch_all(session).await).await?;
+        let mut sealed = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let content = SealedContent {
+                body: row.try_get("body_sealed")?,
+                properties: row.try_get("properties_sealed")?,
+            };
+            sealed.push((row.try_get::<Uuid, _>("letter")?, content));
+        }
+        drop(rows);
         let keys = Arc::clone(&self.keys);
-        let opened = tokio::task::spawn_blocking(move || open(&keys, id.0, &sealed)).await;
-        opened.map(Some).map_err(|_| StoreError::Internal("a letter could not be opened".into()))
+        let opening =
+            move || sealed.into_iter().map(|(id, sealed)| (LetterId(id), open(&keys, id, &sealed))).collect();
+        tokio::task::spawn_blocking(opening)
+            .await
+            .map_err(|_| StoreError::Internal("a letter could not be opened".into()))
     }
 
     /// Seals the content of these letters, in their order.

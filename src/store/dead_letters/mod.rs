@@ -4,9 +4,11 @@
 
 mod archive;
 mod content;
+mod replay;
 mod retention;
 mod search;
 mod stats;
+mod take;
 
 use std::sync::Arc;
 
@@ -17,8 +19,10 @@ use sqlx::types::Json;
 
 pub use archive::Archived;
 pub use content::{Content, Unopened};
+pub use replay::{Examined, Page, Place};
 pub use retention::LettersForgotten;
 pub use stats::{LetterAge, LetterCount};
+pub use take::{ReplayCopy, Taken, Taking};
 
 use super::Store;
 use super::ledger::count;

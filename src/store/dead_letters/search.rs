@@ -111,7 +111,7 @@ impl Store {
     }
 }
 
-type Question<'q> = Query<'q, Postgres, PgArguments>;
+pub(super) type Question<'q> = Query<'q, Postgres, PgArguments>;
 
 fn page<'q>(
     question: Question<'q>,
@@ -153,7 +153,8 @@ pub(super) fn bind_filter<'q>(question: Question<'q>, filter: &LetterFilter) -> 
         .bind((!filter.ids.is_empty()).then(|| filter.ids.clone()))
 }
 
-fn understood(row: &PgRow) -> Result<Option<Letter>, sqlx::Error> {
+/// A row's letter; none, and a line in the log, where this program does not understand it.
+pub(super) fn understood(row: &PgRow) -> Result<Option<Letter>, sqlx::Error> {
     match read_letter(row) {
         Ok(letter) => Ok(Some(letter)),
         Err(sqlx::Error::Decode(error)) => {

@@ -4,6 +4,7 @@
 
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
+use uuid::Uuid;
 
 use super::output::harmless;
 use crate::model::address::mask_addresses;
@@ -148,6 +149,10 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
 fn what_next(status: &JobStatus) -> Option<String> {
     let id = status.key.id;
     Some(match status.state {
+        State::Sent if !status.refused.is_empty() => format!(
+            "Next: nothing by itself; correct what is wrong with those recipients, then `sendoff dead replay --id {id}` sends \
+             to them alone."
+        ),
         State::Sent | State::Cancelled => return None,
         State::Claimed => "Next: the worker records what came of the attempt.".to_owned(),
         State::Deferred => "Next: its copy comes back to the lane, and a worker tries again.".to_owned(),
@@ -155,18 +160,41 @@ fn what_next(status: &JobStatus) -> Option<String> {
             "Next: it goes back to its lane by itself once the configuration works, or is given up."
                 .to_owned()
         }
-        State::Dead if status.reason == Some(Reason::UnknownOutcome) => format!(
-            "Next: nothing by itself. Ask the receiving side for the Message-ID; if it did not arrive, \
-             `sendoff dead replay --id {id} --resend-unknown`."
-        ),
-        State::Dead => format!(
-            "Next: nothing by itself. `sendoff dead show {id}` has the letter, `sendoff dead replay --id {id}` sends it."
-        ),
+        State::Dead => {
+            let advice = advice(status.reason.unwrap_or(Reason::Internal), id);
+            format!("Next: nothing by itself; {advice}.")
+        }
         State::Unknown => format!(
             "Next: another worker takes it over once the first has been gone for {} s.",
             DEAD_AFTER.as_secs()
         ),
     })
+}
+
+/// What a person may do about a job or a letter that died, to be read after "next".
+pub(super) fn advice(reason: Reason, id: Uuid) -> String {
+    match reason {
+        Reason::Expired | Reason::Superseded | Reason::Cancelled => {
+            "it is out of date and is never sent".to_owned()
+        }
+        Reason::Malformed | Reason::UnsupportedVersion => {
+            "mend the publisher, which publishes it anew; a replay leaves it out while it is no job"
+                .to_owned()
+        }
+        Reason::IdConflict => {
+            "the publisher takes a new id for a new mail; a replay leaves it out".to_owned()
+        }
+        Reason::Unroutable => {
+            format!("add a binding for its routing key, then `sendoff dead replay --id {id}`")
+        }
+        Reason::UnknownOutcome => format!(
+            "ask the receiving side for the Message-ID; if it did not arrive, \
+             `sendoff dead replay --id {id} --resend-unknown`"
+        ),
+        _ => format!(
+            "treat the cause, then `sendoff dead replay --id {id}`; or `sendoff dead discard --id {id}`"
+        ),
+    }
 }
 
 fn refused(refused: &RefusedRecipient) -> String {
@@ -238,7 +266,6 @@ fn place(phase: Phase) -> String {
 #[cfg(test)]
 mod tests {
     use time::macros::datetime;
-    use uuid::Uuid;
 
     use super::*;
     use crate::model::job::JobKey;
@@ -290,7 +317,7 @@ mod tests {
              (message_refused)."
         );
         assert!(
-            dead[1].starts_with("Next: nothing by itself.") && dead[1].contains("dead replay --id"),
+            dead[1].starts_with("Next: nothing by itself;") && dead[1].contains("dead replay --id"),
             "{dead:?}"
         );
         assert!(dead[2].contains("\\u{1b}[2J a…@example.org"), "{dead:?}");

@@ -227,12 +227,10 @@ async fn counts_add_up_to_what_is_listed() {
     fill(&database, 3000, ages).await;
     let (store, all) = (database.store(), everything(&database).await);
     let now = all[0].died_at + time::Duration::minutes(59);
-    let class = |died_at: OffsetDateTime| match (now - died_at).whole_hours() {
-        ..1 => LetterAge::Hour,
-        ..24 => LetterAge::Day,
-        ..168 => LetterAge::Week,
-        ..720 => LetterAge::Month,
-        _ => LetterAge::Older,
+    let class = |died_at: OffsetDateTime| {
+        let hours = (now - died_at).whole_hours();
+        let class = [1, 24, 168, 720].iter().position(|limit| hours < *limit);
+        class.map_or(LetterAge::Older, |class| LetterAge::ALL[class])
     };
     for filter in combinations(&all) {
         let mut expected: BTreeMap<(String, String, LetterAge), u64> = BTreeMap::new();

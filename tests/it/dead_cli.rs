@@ -233,9 +233,9 @@ async fn a_letter_in_a_listing_has_the_contracts_keys_and_no_address() {
         detail: Some("550 <ann@example.org> is unknown".into()),
         routing_key: "notification.bob@example.org".into(),
         recipients: Some(vec![1]),
-        ..house.letter(1, MINUTE)
+        ..house.letter(1, DAY + MINUTE)
     };
-    let unread = NewLetter { key: None, kind: None, lane: None, ..house.letter(2, DAY) };
+    let unread = NewLetter { key: None, kind: None, lane: None, ..house.letter(2, DAY * 5) };
     house.archive(&[letter.clone(), unread]).await;
 
     let listed = house.json(&["dead", "list"]).await;
@@ -267,9 +267,9 @@ async fn a_letter_in_a_listing_has_the_contracts_keys_and_no_address() {
     let table = house.done(&["dead", "list"]).await;
     shows_nobody(&table);
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(lines[0], ["AGE", "ORGANIZATION", "KIND", "REASON", "ATTEMPTS", "STATE", "ID"]);
-    assert_eq!(lines[1], ["1m", "42", "booking.confirmed", "message_refused", "3", "dead", &id(1)]);
-    assert_eq!(lines[2][..3], ["1d", "-", "-"]);
+    assert_eq!(lines[0], ["AGE", "ORG", "KIND", "REASON", "ATTEMPTS", "STATE", "ID"]);
+    assert_eq!(lines[1], ["1d", "42", "booking.confirmed", "message_refused", "3", "dead", &id(1)]);
+    assert_eq!(lines[2][..3], ["5d", "-", "-"]);
 }
 
 #[tokio::test]
@@ -313,7 +313,7 @@ async fn ledger_row(house: &House, job: u128, state: &str, turn: i32) {
 async fn a_letter_is_shown_with_its_whole_story_and_its_message_without_its_people() {
     let house = House::new().await;
     let letter = house.letter(1, MINUTE * 60);
-    house.archive(&[letter.clone()]).await;
+    house.archive(std::slice::from_ref(&letter)).await;
     ledger_row(&house, 1, "sent", 2).await;
     let deeds = json!([
         {"what": "replay", "at": "2026-11-21T08:00:00Z", "by": "cli:dora",
@@ -503,7 +503,7 @@ async fn a_jobs_story_is_told_in_words_with_each_attempt() {
     shows_nobody(&story);
     for words in [
         &format!("42/{}: dead\nIt was given up at ", id(1)),
-        "(1 h ago), because the server refused the message (message_refused).\nNext: nothing by itself.",
+        "(1 h ago), because the server refused the message (message_refused).\nNext: nothing by itself; treat the cause, then `sendoff dead replay",
         "Attempts (2 of 3 are kept):\n  1. 2026-11-20T12:00:00Z",
         "  2. 2026-11-20T12:05:00Z",
         "550 no",

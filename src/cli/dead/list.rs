@@ -122,7 +122,7 @@ fn table(letters: &[Letter], now: OffsetDateTime) -> Vec<String> {
     if letters.is_empty() {
         return Vec::new();
     }
-    let heads = ["AGE", "ORGANIZATION", "KIND", "REASON", "ATTEMPTS", "STATE", "ID"].map(str::to_owned);
+    let heads = ["AGE", "ORG", "KIND", "REASON", "ATTEMPTS", "STATE", "ID"].map(str::to_owned);
     let mut rows = vec![heads];
     rows.extend(letters.iter().map(|letter| {
         [

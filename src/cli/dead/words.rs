@@ -4,7 +4,7 @@
 use time::OffsetDateTime;
 
 use crate::cli::output::harmless;
-use crate::cli::story::{because, counted, fact, masked, moment};
+use crate::cli::story::{advice, because, counted, fact, masked, moment};
 use crate::model::failure::Reason;
 use crate::model::ledger::{JobStatus, State};
 use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
@@ -115,40 +115,11 @@ fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
                 "Next: nothing, it was discarded. `sendoff dead replay --state discarded --id {id}` sends it still."
             )
         }
-        LetterState::Dead => format!("Next: {}", advice(letter, ledger)),
+        LetterState::Dead if ledger.is_some_and(|status| status.reason == Some(Reason::UnknownOutcome)) => {
+            format!("Next: {}.", advice(Reason::UnknownOutcome, id))
+        }
+        LetterState::Dead => format!("Next: {}.", advice(letter.reason, id)),
     }
-}
-
-/// What a person may do with a letter that waits for one.
-fn advice(letter: &Letter, ledger: Option<&JobStatus>) -> String {
-    let id = letter.id();
-    let unknown = ledger.and_then(|status| status.reason) == Some(Reason::UnknownOutcome);
-    match letter.reason {
-        Reason::Expired | Reason::Superseded | Reason::Cancelled => {
-            "nothing; it is out of date and is never sent.".to_owned()
-        }
-        Reason::Malformed | Reason::UnsupportedVersion | Reason::TooLarge => {
-            "mend the publisher, which publishes it anew; a replay leaves it out while it is no job."
-                .to_owned()
-        }
-        Reason::IdConflict => {
-            "the publisher takes a new id for a new mail; a replay leaves it out.".to_owned()
-        }
-        Reason::Unroutable => {
-            format!("add a binding for its routing key, then `sendoff dead replay --id {id}`.")
-        }
-        Reason::UnknownOutcome => resend(id),
-        _ if unknown => resend(id),
-        _ => format!(
-            "treat the cause, then `sendoff dead replay --id {id}`; or `sendoff dead discard --id {id}`."
-        ),
-    }
-}
-
-fn resend(id: uuid::Uuid) -> String {
-    format!(
-        "ask the receiving side for the Message-ID; if it did not arrive, `sendoff dead replay --id {id} --resend-unknown`."
-    )
 }
 
 fn positions(recipients: &[u16]) -> String {
@@ -251,5 +222,7 @@ mod tests {
         assert!(super::letter(&held, None, NOW)[1].contains("--resend-unknown"));
         held.reason = Reason::Expired;
         assert!(super::letter(&held, None, NOW)[1].contains("never sent"));
+        let discarded = super::letter(&replayed(LetterState::Discarded), None, NOW);
+        assert!(discarded[1].contains("--state discarded"), "{discarded:?}");
     }
 }

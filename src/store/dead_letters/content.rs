@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use sqlx::Row;
 use uuid::Uuid;
@@ -12,19 +11,10 @@ use uuid::Uuid;
 use super::DeadLetters;
 use crate::model::letter::{LetterId, NewLetter};
 use crate::secrets::{Context, KeyRing, LetterField, OpenError};
-use crate::store::{Store, StoreError};
-
-/// Longest look at every letter.
-const LOOK_BOUND: Duration = Duration::from_secs(60);
+use crate::store::StoreError;
 
 const SEALED: &str =
     "SELECT letter, properties_sealed, body_sealed FROM dead_letters WHERE letter = ANY ($1)";
-
-/// A sealed value begins with its format, the length of its key's id, and that id. Of damaged ones any number of ids may
-/// seem to be there.
-const KEYS: &str = "
-SELECT encode(substr(properties_sealed, 3, get_byte(properties_sealed, 1)), 'escape') AS key, count(*) AS letters
-FROM dead_letters WHERE length(properties_sealed) > 2 GROUP BY key ORDER BY letters DESC LIMIT 100";
 
 /// What a publisher has published.
 #[derive(Clone, PartialEq, Eq)]
@@ -69,22 +59,6 @@ impl From<OpenError> for Unopened {
 pub(super) struct SealedContent {
     pub(super) body: Vec<u8>,
     pub(super) properties: Vec<u8>,
-}
-
-impl Store {
-    /// The keys that letters are sealed under, by id, and how many letters each; no letter is opened. Every letter is
-    /// looked at, so it is for a check, not for a worker.
-    ///
-    /// # Errors
-    /// When the database did not answer within a minute.
-    pub async fn letter_keys(&self) -> Result<BTreeMap<String, u64>, StoreError> {
-        let rows = self
-            .on_session_within(LOOK_BOUND, async |session| sqlx::query(KEYS).fetch_all(session).await)
-            .await?;
-        rows.iter()
-            .map(|row| Ok((row.try_get("key")?, row.try_get::<i64, _>("letters")?.unsigned_abs())))
-            .collect()
-    }
 }
 
 impl DeadLetters {

@@ -73,7 +73,7 @@ pub async fn letters(database: &TestDatabase, count: usize) -> Vec<Letter> {
             return found;
         }
         assert!(Instant::now() < deadline, "{} of {count} letters are in the archive", found.len());
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(250)).await;
     }
 }
 

@@ -74,6 +74,7 @@ mod tests {
             attempt: 2,
             first_at: Some(BEFORE),
             turn: Turn(3),
+            faults: 0,
             carried: Carried::default(),
             death,
             recipients: Some(vec![1]),

@@ -1,7 +1,7 @@
 //! A letter's content, sealed on its way in and opened on its way out.
 //! Guarantee: content opens only as the same column of the same letter, and no async thread waits for the cipher.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 

@@ -48,12 +48,16 @@ async fn main() -> anyhow::Result<()> {
         _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
         _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
     };
-    if outcome.is_ok() && keep {
-        demo.explain_keep();
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+    match outcome {
+        Ok(()) if keep => {
+            demo.explain_keep();
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
         }
+        Ok(()) => println!("How a job dies, and how to look at it then: ./dev demo --keep"),
+        Err(_) => {}
     }
     stop(&mut worker).await?;
     outcome
@@ -221,11 +225,17 @@ impl Demo {
         println!();
         println!("  eval \"$(./dev up)\"");
         println!("  export SENDOFF_CONFIG=config/development.toml SENDOFF__AMQP__PREFIX=sendoff-demo");
-        let program = self.program.display();
-        println!(
-            "  {program} job send --org {} --to you@example.org --subject Hello --text 'It works' --wait",
-            self.organization
-        );
+        println!("  sendoff() {{ {} \"$@\"; }}", self.program.display());
+        let message = "--to you@example.org --subject Hello --text 'It works'";
+        println!("  sendoff job send --org {} {message} --wait", self.organization);
+        println!();
+        println!("This one dies, for the organization has no server, and there is none of the platform:");
+        println!();
+        println!("  sendoff job send --org nobody {message} --wait");
+        println!("  sendoff dead list");
+        println!("  sendoff dead show ID");
+        println!();
+        println!("`./dev down` stops what `./dev up` keeps running.");
     }
 }
 

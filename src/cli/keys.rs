@@ -1,4 +1,4 @@
-//! `sendoff keys generate`: a new key for stored credentials.
+//! `sendoff keys generate`: a new key for stored credentials and dead letters.
 //! Guarantee: the key is printed once and kept nowhere.
 
 use clap::{Args, Subcommand};
@@ -19,7 +19,8 @@ pub(super) enum KeysCommand {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  export SENDOFF__ENCRYPTION__KEYS=\"$(sendoff keys generate)\"\n\nPut a new key before \
-    the older ones: the first encrypts, all decrypt. Whoever loses every key loses the stored passwords."
+    the older ones: the first encrypts, all decrypt. Whoever loses every key loses the stored passwords and \
+    the content of dead letters."
 )]
 pub(super) struct GenerateArgs {
     /// The key's name, 1 to 32 of A-Z, a-z, 0-9, `.`, `_` and `-`; today's date unless given

@@ -59,13 +59,13 @@ enum Command {
     /// Send a job, or ask what became of one
     #[command(subcommand)]
     Job(job::JobCommand),
-    /// Dead letters: what died, why, and what was done with it
+    /// Dead letters: look at them, send them again, give them up
     #[command(subcommand)]
     Dead(dead::DeadCommand),
     /// An organization's SMTP server and features
     #[command(subcommand)]
     Org(org::OrgCommand),
-    /// The keys that stored credentials are encrypted under
+    /// The keys that stored credentials and dead letters are encrypted under
     #[command(subcommand)]
     Keys(keys::KeysCommand),
 }

@@ -17,7 +17,7 @@ use crate::model::organization::OrganizationId;
 
 /// `$2` NULL is every organization. `$3` is the class of the incarnations' locks.
 const STATUS: &str = "
-SELECT organization_id, id, turn, attempts, message_id, reason, detail, reply, refused, history, first_at, updated_at,
+SELECT organization_id, id, turn, attempts, nullif(message_id, '') AS message_id, reason, detail, reply, refused, history, first_at, updated_at,
     CASE WHEN state = 'deferred' THEN not_before END AS next_attempt_at,
     CASE WHEN state = 'claimed' AND NOT EXISTS (
         SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted

@@ -12,12 +12,12 @@ use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterId, Lette
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{Archived, DeadLetters, Unopened};
-use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use time::macros::datetime;
 use uuid::Uuid;
 
 use crate::support::database::TestDatabase;
+use crate::support::letters::new_letter;
 
 const NOON: OffsetDateTime = datetime!(2026-11-20 12:00:00 UTC);
 const KEY: &str = "k1:AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
@@ -38,29 +38,8 @@ fn letter(number: u128) -> NewLetter {
 }
 
 fn with_body(number: u128, body: Vec<u8>) -> NewLetter {
-    NewLetter {
-        key: Some(JobKey {
-            organization: Some(OrganizationId::from_integer(42)),
-            id: Uuid::from_u128(number),
-        }),
-        kind: Some("booking.confirmed".into()),
-        lane: Some("notifications".into()),
-        routing_key: "notification.booking".into(),
-        killer: Killer::Worker,
-        reason: Reason::MessageRefused,
-        detail: Some("the server answered 550".into()),
-        attempts: 1,
-        first_at: Some(NOON - Duration::from_secs(60)),
-        died_at: NOON,
-        redelivered: false,
-        expires_at: None,
-        revision: None,
-        turn: Turn(1),
-        recipients: None,
-        body_hash: Sha256::digest(&body).into(),
-        body,
-        properties: PROPERTIES.to_vec(),
-    }
+    let key = JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(number) };
+    new_letter(key, body, NOON)
 }
 
 /// A letter that the broker made of a message that no lane takes.

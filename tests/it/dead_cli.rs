@@ -11,7 +11,7 @@ use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
 use sendoff::model::failure::Reason;
 use sendoff::model::job::JobKey;
 use sendoff::model::ledger::Turn;
-use sendoff::model::letter::{Killer, NewLetter};
+use sendoff::model::letter::NewLetter;
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{DeadLetters, SmtpConfigs};
@@ -22,6 +22,7 @@ use tokio::process::Command;
 use uuid::Uuid;
 
 use crate::support::database::TestDatabase;
+use crate::support::letters::new_letter;
 
 const KEY: &str = "k1:AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
 const OTHER_KEY: &str = "k2:AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=";
@@ -96,30 +97,9 @@ impl House {
             "text": "Dear customer,\ncarol@example.org expects you.",
             "attachments": [{"filename": "plan.pdf", "content_type": "application/pdf", "content_base64": "YWJj"}],
         });
-        let body = body.to_string().into_bytes();
-        NewLetter {
-            key: Some(JobKey {
-                organization: Some(OrganizationId::from_integer(42)),
-                id: Uuid::from_u128(job),
-            }),
-            kind: Some("booking.confirmed".into()),
-            lane: Some("notifications".into()),
-            routing_key: "notification.booking".into(),
-            killer: Killer::Worker,
-            reason: Reason::MessageRefused,
-            detail: Some("the server answered 550 no".into()),
-            attempts: 3,
-            first_at: Some(self.now - ago - MINUTE),
-            died_at: self.now - ago,
-            redelivered: false,
-            expires_at: None,
-            revision: None,
-            turn: Turn(1),
-            recipients: None,
-            body_hash: Sha256::digest(&body).into(),
-            body,
-            properties: b"{}".to_vec(),
-        }
+        let key = JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(job) };
+        let letter = new_letter(key, body.to_string().into_bytes(), self.now - ago);
+        NewLetter { detail: Some("the server answered 550 no".into()), attempts: 3, ..letter }
     }
 }
 

@@ -7,19 +7,17 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secrecy::SecretString;
 use sendoff::broker::wire::WireLimits;
 use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
 use sendoff::clock::Clock;
 use sendoff::dead_letters::replay::{Ended, Manner, Order, Replayer};
 use sendoff::model::failure::Reason;
 use sendoff::model::job::{JobKey, Revision};
-use sendoff::model::ledger::{State, Turn};
-use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterState, NewLetter};
+use sendoff::model::ledger::State;
+use sendoff::model::letter::{Deed, Letter, LetterFilter, LetterState, NewLetter};
 use sendoff::model::replay::ReplayRules;
-use sendoff::secrets::KeyRing;
 use sendoff::shutdown::Shutdown;
-use sendoff::store::{DeadLetters, Store};
+use sendoff::store::Store;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::process::Child;
@@ -27,43 +25,20 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::support::broker::{amqp_url, eventually};
+use crate::support::letters::new_letter;
 use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, Stage};
-use crate::support::world::{KEYS, SOON, World, job};
+use crate::support::world::{SOON, World, job};
 
 /// Without progress for so long, a run on a busy machine is stuck.
 const STUCK: Duration = Duration::from_secs(60);
-
-fn archive(world: &World) -> DeadLetters {
-    let keys = KeyRing::parse(&[SecretString::from(KEYS)]).expect("the key is one");
-    DeadLetters::new(world.database.store(), Arc::new(keys))
-}
 
 /// A letter of a job of the platform's that a worker gave up a minute ago.
 fn letter_of(job: &Value) -> NewLetter {
     let body = serde_json::to_vec(job).expect("JSON");
     let died_at = Clock::system().now() - Duration::from_secs(60);
     let id = job["id"].as_str().and_then(|id| id.parse().ok()).expect("a job of a test has an id");
-    NewLetter {
-        key: Some(JobKey { organization: None, id }),
-        kind: Some("booking.confirmed".into()),
-        lane: Some("notifications".into()),
-        routing_key: "notification.test".into(),
-        killer: Killer::Worker,
-        reason: Reason::MessageRefused,
-        detail: Some("the server answered 550".into()),
-        attempts: 1,
-        first_at: Some(died_at),
-        died_at,
-        redelivered: false,
-        expires_at: None,
-        revision: None,
-        turn: Turn(1),
-        recipients: None,
-        body_hash: Sha256::digest(&body).into(),
-        body,
-        properties: br#"{"content_type":"application/json"}"#.to_vec(),
-    }
+    new_letter(JobKey { organization: None, id }, body, died_at)
 }
 
 fn id_of(letter: &NewLetter) -> Uuid {
@@ -80,7 +55,7 @@ async fn dead_letters(world: &World, count: usize) -> Vec<Uuid> {
 /// Archives letters, and enters their jobs into the ledger as dead.
 async fn keep(world: &World, letters: &[NewLetter]) {
     for some in letters.chunks(1000) {
-        archive(world).archive(some).await.expect("archived");
+        world.archive().archive(some).await.expect("archived");
     }
     world
         .database
@@ -501,7 +476,7 @@ async fn a_replay_outlasts_an_outage_and_one_that_does_not_is_taken_up_by_the_ne
     let broker = Broker::start(settings, Arc::new(|_| {}));
     let replayer = Replayer {
         store: world.database.store(),
-        archive: archive(&world),
+        archive: world.archive(),
         lanes,
         limits: WireLimits { max_recipients: 100, max_message_bytes: 1 << 20 },
         clock: Clock::system(),

@@ -5,10 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::SecretString;
-use sendoff::model::letter::{Letter, LetterFilter};
+use sendoff::model::failure::Reason;
+use sendoff::model::job::JobKey;
+use sendoff::model::ledger::Turn;
+use sendoff::model::letter::{Killer, Letter, LetterFilter, NewLetter};
 use sendoff::secrets::KeyRing;
 use sendoff::store::{Content, DeadLetters};
+use sha2::{Digest, Sha256};
 use sqlx::{Connection, PgConnection};
+use time::OffsetDateTime;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -38,6 +43,30 @@ impl World {
     pub async fn content(&self, letter: &Letter) -> Content {
         let opened = self.archive().open(letter.letter).await.expect("the database answers");
         opened.expect("a letter of that name").expect("it opens")
+    }
+}
+
+/// A letter that a worker wrote when it gave up a job because the server had refused the message.
+pub fn new_letter(key: JobKey, body: Vec<u8>, died_at: OffsetDateTime) -> NewLetter {
+    NewLetter {
+        key: Some(key),
+        kind: Some("booking.confirmed".into()),
+        lane: Some("notifications".into()),
+        routing_key: "notification.booking".into(),
+        killer: Killer::Worker,
+        reason: Reason::MessageRefused,
+        detail: Some("the server answered 550".into()),
+        attempts: 1,
+        first_at: Some(died_at - Duration::from_secs(60)),
+        died_at,
+        redelivered: false,
+        expires_at: None,
+        revision: None,
+        turn: Turn(1),
+        recipients: None,
+        body_hash: Sha256::digest(&body).into(),
+        body,
+        properties: br#"{"content_type":"application/json"}"#.to_vec(),
     }
 }
 

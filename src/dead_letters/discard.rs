@@ -1,17 +1,15 @@
 //! Discard: dead letters given up by a person.
 //! Guarantee: only what is dead is given up, a batch in one statement; nothing is deleted before its retention ends.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::failure::Reason;
 use crate::model::letter::{Letter, LetterFilter, LetterState};
-use crate::model::organization::OrganizationId;
 use crate::shutdown::Shutdown;
 use crate::store::{Store, StoreError};
 
+use super::Groups;
 use super::retrying::{self, Stopped};
 
 /// Letters given up in one statement.
@@ -27,7 +25,7 @@ pub struct Discarded {
     /// Taken up by somebody else meanwhile.
     pub changed: u64,
     /// Of those given up: by last death and organization.
-    pub groups: BTreeMap<(Reason, Option<OrganizationId>), u64>,
+    pub groups: Groups,
 }
 
 /// Why it has ended before its end.

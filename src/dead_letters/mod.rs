@@ -2,6 +2,11 @@
 //! Guarantee: a letter leaves the broker only after the archive has committed it, and the archive only after the ledger has
 //! recorded what is published.
 
+use std::collections::BTreeMap;
+
+use crate::model::failure::Reason;
+use crate::model::organization::OrganizationId;
+
 mod archivist;
 pub mod discard;
 mod letter;
@@ -9,3 +14,6 @@ pub mod replay;
 mod retrying;
 
 pub use archivist::{Archivist, OnLoss, PREFETCH};
+
+/// How many letters, by last death and organization.
+pub type Groups = BTreeMap<(Reason, Option<OrganizationId>), u64>;

@@ -50,6 +50,9 @@ impl std::fmt::Display for LetterId {
     }
 }
 
+/// A place in the archive's order: when a letter died last, and its name.
+pub type Place = (OffsetDateTime, LetterId);
+
 /// Where a letter stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -209,6 +212,11 @@ impl Letter {
     /// What a person calls it: its job's id, or the archive's name where the body told none.
     pub fn id(&self) -> Uuid {
         self.key.as_ref().map_or(self.letter.0, |key| key.id)
+    }
+
+    /// Where it is in the archive's order.
+    pub fn place(&self) -> Place {
+        (self.died_at, self.letter)
     }
 }
 

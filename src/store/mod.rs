@@ -29,8 +29,8 @@ pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
 pub use dead_letters::{
-    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, Place,
-    ReplayCopy, Taken, Taking, Unopened,
+    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, ReplayCopy,
+    Taken, Taking, Unopened,
 };
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sendoff::model::failure::Reason;
-use sendoff::model::letter::{Letter, LetterFilter, LetterId, LetterState};
+use sendoff::model::letter::{Letter, LetterFilter, LetterState};
 use sendoff::store::LetterAge;
 use sqlx::Row;
 use time::OffsetDateTime;
@@ -82,10 +82,6 @@ fn names(letters: &[Letter]) -> Vec<Uuid> {
     letters.iter().map(|letter| letter.letter.0).collect()
 }
 
-fn place(letter: &Letter) -> (OffsetDateTime, LetterId) {
-    (letter.died_at, letter.letter)
-}
-
 /// Every combination of the seven conditions, with one value each and with several.
 fn combinations(all: &[Seen]) -> Vec<LetterFilter> {
     let some = &all[all.len() / 3];
@@ -151,7 +147,7 @@ async fn a_hundred_thousand_letters_are_listed_from_an_index_by_every_combinatio
             let letters = store.letters(&filter, after, 50).await.expect("the database answers");
             let wanted: Vec<Uuid> = expected.by_ref().take(50).collect();
             assert_eq!(names(&letters), wanted, "page {page} of {filter:?}");
-            after = letters.last().map(place).or(after);
+            after = letters.last().map(Letter::place).or(after);
         }
     }
 }
@@ -203,7 +199,7 @@ async fn pages_follow_each_other_without_gap_or_repetition_while_letters_come_in
     for page in 0.. {
         let letters = store.letters(&filter, after, 37).await.expect("the database answers");
         found.extend(names(&letters));
-        after = letters.last().map(place).or(after);
+        after = letters.last().map(Letter::place).or(after);
         if letters.len() < 37 {
             break;
         }
@@ -271,7 +267,8 @@ async fn letters_that_a_newer_program_wrote_are_left_out_and_hide_no_other() {
     let letters = store.letters(&LetterFilter::default(), None, 50).await.expect("the database answers");
     assert_eq!(names(&letters), readable[..50]);
     assert!(letters.iter().all(|letter| letter.history.len() == 1 && letter.history[0].by == "user:7"));
-    let rest = store.letters(&LetterFilter::default(), letters.last().map(place), 1000).await.unwrap();
+    let rest =
+        store.letters(&LetterFilter::default(), letters.last().map(Letter::place), 1000).await.unwrap();
     assert_eq!(names(&rest), readable[50..]);
     let counted: u64 =
         store.letter_stats(&LetterFilter::default()).await.unwrap().iter().map(|count| count.count).sum();

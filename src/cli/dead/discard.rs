@@ -5,7 +5,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::governed::{self, GovernedArgs, PATIENCE, say};
+use super::governed::{self, GOES_ON, GovernedArgs, PATIENCE, count, say};
 use crate::cli::exit::{BadArgument, Done};
 use crate::cli::output;
 use crate::dead_letters::discard::{Discarded, Halt, Waste, discard};
@@ -61,10 +61,10 @@ pub(in crate::cli) async fn run(args: &DiscardArgs, settings: &Settings) -> anyh
     match ended {
         Ok(()) => Ok(Done::Well),
         Err(Halt::Interrupted) => {
-            say("Ended before its end; the same command goes on from here.");
+            say(&format!("It {GOES_ON}."));
             Ok(Done::Badly)
         }
-        Err(Halt::Database(error)) => Err(error).context("ended before its end"),
+        Err(Halt::Database(error)) => Err(error).context(GOES_ON),
     }
 }
 
@@ -76,7 +76,6 @@ fn result(tally: &Discarded, ended: &str, dry_run: bool) -> Value {
 }
 
 fn words(tally: &Discarded, dry_run: bool) -> Vec<String> {
-    let count = |number: u64, name: &str| format!("{number:>11}  {name}");
     let discarded = if dry_run { "would be discarded:" } else { "discarded:" };
     let mut lines = vec![count(tally.selected, "selected"), count(tally.discarded, discarded)];
     lines.extend(governed::histogram(&tally.groups).iter().map(|line| format!("  {line}")));

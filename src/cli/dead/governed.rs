@@ -1,7 +1,6 @@
 //! What replay and discard share: who asks, of which letters, and that it is on record.
 //! Guarantee: neither begins without a condition or --all, nor before its entry in the audit log is written.
 
-use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
@@ -10,11 +9,12 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::filter::FilterArgs;
+use super::filter::{FilterArgs, WHICH};
 use super::list::organization;
 use crate::cli::exit::BadArgument;
 use crate::cli::output;
 use crate::clock::Clock;
+use crate::dead_letters::Groups;
 use crate::model::failure::Reason;
 use crate::model::letter::LetterFilter;
 use crate::model::organization::OrganizationId;
@@ -31,10 +31,8 @@ const BAR: u64 = 30;
 /// Which letters, by whom, and whether in earnest.
 #[derive(Debug, Args)]
 pub(super) struct GovernedArgs {
-    #[command(flatten)]
-    pub(super) which: FilterArgs,
     /// Every letter, whatever it is; --limit bounds it
-    #[arg(long)]
+    #[arg(long, help_heading = WHICH)]
     all: bool,
     /// Print what would happen and change nothing
     #[arg(long)]
@@ -45,6 +43,9 @@ pub(super) struct GovernedArgs {
     /// Print the result as JSON
     #[arg(long)]
     pub(super) json: bool,
+    // Last, for what follows would stand under its heading.
+    #[command(flatten)]
+    pub(super) which: FilterArgs,
 }
 
 impl GovernedArgs {
@@ -204,8 +205,13 @@ fn bar(done: u64, total: u64) -> String {
     format!("[{}{}] {done} of {total}", "#".repeat(full), ".".repeat(rest))
 }
 
-/// Letters by last death and organization.
-pub(super) type Groups = BTreeMap<(Reason, Option<OrganizationId>), u64>;
+/// What is said of a run that was ended, and can be given again.
+pub(super) const GOES_ON: &str = "ended before its end; the same command goes on from here";
+
+/// A line of the reconciliation.
+pub(super) fn count(number: u64, name: &str) -> String {
+    format!("{number:>11}  {name}")
+}
 
 /// The groups as lines, the largest first.
 pub(super) fn histogram(groups: &Groups) -> Vec<String> {
@@ -219,8 +225,10 @@ pub(super) fn histogram(groups: &Groups) -> Vec<String> {
 
 /// The same as JSON.
 pub(super) fn groups_json(groups: &Groups) -> Value {
-    let group = |((reason, org), count): (&(Reason, Option<OrganizationId>), &u64)| json!({ "reason": reason, "organization_id": org, "count": count });
-    groups.iter().map(group).collect()
+    groups
+        .iter()
+        .map(|((reason, org), count)| json!({ "reason": reason, "organization_id": org, "count": count }))
+        .collect()
 }
 
 /// Prints lines.

@@ -12,7 +12,7 @@ use super::view;
 use crate::cli::exit::Done;
 use crate::cli::{output, story};
 use crate::clock::Clock;
-use crate::model::letter::{Letter, LetterId};
+use crate::model::letter::{Letter, LetterId, Place};
 use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
@@ -35,14 +35,15 @@ const NARROWEST: usize = 8;
     --after takes DIED_AT_LETTER of the last one: jq -r '.[-1] | .died_at + \"_\" + .letter'"
 )]
 pub(in crate::cli) struct ListArgs {
-    #[command(flatten)]
-    which: FilterArgs,
     /// Go on behind this letter: what the last line of the page before says
     #[arg(long, value_name = "DIED_AT_LETTER", value_parser = cursor)]
-    after: Option<(OffsetDateTime, LetterId)>,
+    after: Option<Place>,
     /// Print an array of {"id","organization_id","state","reason","detail","attempts","died_at",...}
     #[arg(long)]
     json: bool,
+    // Last, for what follows would stand under its heading.
+    #[command(flatten)]
+    which: FilterArgs,
 }
 
 pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<Done> {
@@ -58,7 +59,7 @@ pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<
         let page = store.letters(&filter, after, slice).await.context("asking the archive")?;
         let is_last = page.len() < slice as usize;
         letters.extend(page);
-        after = letters.last().map(place);
+        after = letters.last().map(Letter::place);
         if is_last {
             break;
         }
@@ -78,23 +79,19 @@ pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<
         Some(last) if is_more => output::line(&format!(
             "{} shown, there are more. The next page: the same with --after {}",
             letters.len(),
-            spelled(place(last))
+            spelled(last.place())
         ))?,
         Some(_) => {}
     }
     Ok(Done::Well)
 }
 
-fn place(letter: &Letter) -> (OffsetDateTime, LetterId) {
-    (letter.died_at, letter.letter)
-}
-
-fn spelled((died_at, letter): (OffsetDateTime, LetterId)) -> String {
+fn spelled((died_at, letter): Place) -> String {
     let died_at = died_at.format(&Rfc3339).unwrap_or_else(|_| died_at.to_string());
     format!("{died_at}_{letter}")
 }
 
-fn cursor(text: &str) -> Result<(OffsetDateTime, LetterId), String> {
+fn cursor(text: &str) -> Result<Place, String> {
     let read = || {
         let (died_at, letter) = text.rsplit_once('_')?;
         let died_at = OffsetDateTime::parse(died_at, &Rfc3339).ok()?;

@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::governed::{self, GovernedArgs, PATIENCE, Progress, say};
+use super::governed::{self, GOES_ON, GovernedArgs, PATIENCE, Progress, count, say};
 use crate::broker::wire::WireLimits;
 use crate::broker::{Broker, PublishError};
 use crate::cli::exit::{BadArgument, Done};
@@ -35,8 +35,6 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
     the run was ended before or a canary died again, 3 when the database or the broker was away for 60 s."
 )]
 pub(in crate::cli) struct ReplayArgs {
-    #[command(flatten)]
-    governed: GovernedArgs,
     /// Letters a second
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
@@ -55,6 +53,8 @@ pub(in crate::cli) struct ReplayArgs {
     /// Lane for letters whose routing key no lane takes; they are left out unless given
     #[arg(long, value_name = "NAME")]
     lane: Option<String>,
+    #[command(flatten)]
+    governed: GovernedArgs,
 }
 
 pub(in crate::cli) async fn run(args: &ReplayArgs, settings: &Settings) -> anyhow::Result<Done> {
@@ -173,7 +173,7 @@ fn tell(args: &ReplayArgs, tally: &Tally, ended: Ended) -> anyhow::Result<Done> 
     match ended {
         Ended::Done => Ok(Done::Well),
         Ended::Interrupted => {
-            say("Ended before its end; the same command goes on from here.");
+            say(&format!("It {GOES_ON}."));
             Ok(Done::Badly)
         }
         Ended::Canary(losses) => {
@@ -189,10 +189,7 @@ fn tell(args: &ReplayArgs, tally: &Tally, ended: Ended) -> anyhow::Result<Done> 
     }
 }
 
-const GOES_ON: &str = "ended before its end; the same command goes on from here";
-
 fn words(tally: &Tally, dry_run: bool) -> Vec<String> {
-    let count = |number: u64, name: &str| format!("{number:>11}  {name}");
     let replayed = if dry_run { "would be replayed:" } else { "replayed:" };
     let mut lines = vec![count(tally.selected, "selected"), count(tally.replayed, replayed)];
     lines.extend(governed::histogram(&tally.groups).iter().map(|line| format!("  {line}")));

@@ -29,11 +29,12 @@ const ORGANIZATION: usize = 20;
     columns of ages do not overlap: `<1d` counts what died less than a day, but at least an hour ago."
 )]
 pub(in crate::cli) struct StatsArgs {
-    #[command(flatten)]
-    which: FilterArgs,
     /// Print an array of {"reason","organization_id","total","ages":{"hour","day","week","month","older"}}
     #[arg(long)]
     json: bool,
+    // Last, for what follows would stand under its heading.
+    #[command(flatten)]
+    which: FilterArgs,
 }
 
 pub(super) async fn run(args: &StatsArgs, settings: &Settings) -> anyhow::Result<Done> {

@@ -21,14 +21,13 @@ use self::publish::Pacer;
 use crate::broker::Publisher;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
-use crate::model::failure::Reason;
 use crate::model::lanes::Lane;
-use crate::model::letter::{Letter, LetterFilter, LetterId, LetterState};
-use crate::model::organization::OrganizationId;
+use crate::model::letter::{Letter, LetterFilter, LetterId, LetterState, Place};
 use crate::model::replay::{self, ReplayRules, Skip};
 use crate::shutdown::Shutdown;
-use crate::store::{DeadLetters, Examined, Place, Store, StoreError, Taking};
+use crate::store::{DeadLetters, Examined, Store, StoreError, Taking};
 
+use super::Groups;
 use super::retrying::{self, Stopped};
 
 /// Letters drawn at once, without their content.
@@ -98,7 +97,7 @@ pub struct Tally {
     /// The ids of those that died again after as many replays as are allowed.
     pub too_often: Vec<Uuid>,
     /// Of those replayed, or that would be: by last death and organization.
-    pub groups: BTreeMap<(Reason, Option<OrganizationId>), u64>,
+    pub groups: Groups,
 }
 
 impl Tally {
@@ -225,7 +224,7 @@ impl<'a> Run<'a> {
             let page = self.replayer.ask(draw).await?;
             let letters = page.letters;
             self.tally.selected += letters.len() as u64;
-            let end = letters.last().map(|examined| (examined.letter.died_at, examined.letter.letter));
+            let end = letters.last().map(|examined| examined.letter.place());
             if let Err(ended) = self.page(letters, &on_progress).await {
                 self.count_rest(&filter, end.or(after), began).await;
                 return Err(ended);

@@ -19,7 +19,7 @@ use sqlx::types::Json;
 
 pub use archive::Archived;
 pub use content::{Content, Unopened};
-pub use replay::{Examined, Page, Place};
+pub use replay::{Examined, Page};
 pub use retention::LettersForgotten;
 pub use stats::{LetterAge, LetterCount};
 pub use take::{ReplayCopy, Taken, Taking};

@@ -11,11 +11,11 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::letter_columns;
-use super::search::{Question, bind_filter, filtered, understood};
+use super::search::{Question, bind_filter, filtered, place, understood};
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::ledger::{State, Turn};
-use crate::model::letter::{HISTORY_MAX, Letter, LetterFilter, LetterId};
+use crate::model::letter::{HISTORY_MAX, Letter, LetterFilter, LetterId, Place};
 use crate::model::replay::LedgerView;
 use crate::store::incarnation::LOCK_CLASS;
 use crate::store::ledger::count;
@@ -100,9 +100,6 @@ pub struct Examined {
     /// The highest revision of its booking that was taken up.
     pub newest_sequence: Option<i64>,
 }
-
-/// A place in the archive: the last death of a letter, and its name.
-pub type Place = (OffsetDateTime, LetterId);
 
 /// Letters in a row, oldest death first.
 #[derive(Debug, Clone)]
@@ -204,10 +201,6 @@ fn behind<'q>(
         .bind(after.map(|(died_at, _)| died_at))
         .bind(after.map(|(_, LetterId(letter))| letter))
         .bind(began)
-}
-
-fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
-    Ok((row.try_get("died_at")?, LetterId(row.try_get("letter")?)))
 }
 
 /// A job's row.

@@ -5,11 +5,10 @@
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
 use sqlx::{Postgres, Row};
-use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{letter_columns, read_letter};
-use crate::model::letter::{Letter, LetterFilter, LetterId};
+use crate::model::letter::{Letter, LetterFilter, LetterId, Place};
 use crate::store::{Store, StoreError};
 
 /// Letters of one id: one per organization and body that was ever published under it.
@@ -48,7 +47,7 @@ const LIST: &str = listing!();
 const EXPLAIN: &str = concat!("EXPLAIN (FORMAT JSON) ", listing!());
 
 impl Store {
-    /// The letters that a filter means, the one that died last first, at most `limit`; `after` is `died_at` and name of the
+    /// The letters that a filter means, the one that died last first, at most `limit`; `after` is the place of the
     /// last letter of the page before. Fewer than `limit` are the last ones.
     ///
     /// A row that this program does not understand (a newer one's reason, say) is left out and logged.
@@ -58,7 +57,7 @@ impl Store {
     pub async fn letters(
         &self,
         filter: &LetterFilter,
-        after: Option<(OffsetDateTime, LetterId)>,
+        after: Option<Place>,
         limit: u32,
     ) -> Result<Vec<Letter>, StoreError> {
         let (mut after, mut letters) = (after, Vec::new());
@@ -72,7 +71,7 @@ impl Store {
             match rows.last() {
                 // What was left out is made up for, or the page would seem to be the last one.
                 Some(last) if rows.len() == wanted && letters.len() < limit as usize => {
-                    after = Some((last.try_get("died_at")?, LetterId(last.try_get("letter")?)));
+                    after = Some(place(last)?);
                 }
                 _ => return Ok(letters),
             }
@@ -101,7 +100,7 @@ impl Store {
     pub async fn explain_letters(
         &self,
         filter: &LetterFilter,
-        after: Option<(OffsetDateTime, LetterId)>,
+        after: Option<Place>,
         limit: u32,
     ) -> Result<serde_json::Value, StoreError> {
         let question =
@@ -116,7 +115,7 @@ pub(super) type Question<'q> = Query<'q, Postgres, PgArguments>;
 fn page<'q>(
     question: Question<'q>,
     filter: &LetterFilter,
-    after: Option<(OffsetDateTime, LetterId)>,
+    after: Option<Place>,
     limit: usize,
 ) -> Question<'q> {
     bind_filter(question, filter)
@@ -151,6 +150,11 @@ pub(super) fn bind_filter<'q>(question: Question<'q>, filter: &LetterFilter) -> 
         .bind(filter.since)
         .bind(filter.until)
         .bind((!filter.ids.is_empty()).then(|| filter.ids.clone()))
+}
+
+/// Where a row with `died_at` and `letter` is in the listing.
+pub(super) fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
+    Ok((row.try_get("died_at")?, LetterId(row.try_get("letter")?)))
 }
 
 /// A row's letter; none, and a line in the log, where this program does not understand it.

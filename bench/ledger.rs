@@ -312,6 +312,7 @@ impl Makers {
             turn: Turn(0),
             revision: None,
             message_id: format!("<{}@mail.example.org>", id.simple()),
+            suspects: false,
         }
     }
 }

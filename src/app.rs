@@ -1,6 +1,8 @@
 //! The composition root: builds the worker's parts, starts them in order, and stops them in the opposite one.
 //! Guarantee: start order of the services does not matter; after the stop nothing that was taken is left unsettled.
 
+mod beside;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +14,16 @@ use crate::broker::Broker;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
-use crate::delivery::database::{DatabaseState, DatabaseWatch};
+use crate::dead_letters::{self, Archivist};
+use crate::delivery::database::DatabaseWatch;
 use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
+use crate::delivery::quarantine::Quarantine;
 use crate::delivery::settle::Desk;
 use crate::delivery::worker::{Limits, Worker};
+use crate::fault;
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
 use crate::model::policy::RetryLimits;
@@ -31,10 +36,10 @@ use crate::smtp::TlsRoots;
 use crate::smtp::{Observer, SmtpConnector, SmtpOptions};
 use crate::smtp::{Pool, PoolLimits};
 use crate::store::{
-    ConfigCache, ConfigChanges, DEAD_AFTER, Incarnations, LaneBinding, Ledger, SchemaState, SmtpConfigs,
-    Store, StoreError, Sweeper,
+    ConfigCache, DEAD_AFTER, DeadLetters, Incarnations, LaneBinding, Ledger, SchemaState, SmtpConfigs, Store,
+    StoreError,
 };
-use crate::telemetry::{self, ConnectionState, Metrics};
+use crate::telemetry::{self, Metrics};
 
 /// Connections to PostgreSQL, beside the one that holds the worker's lock and the one that listens.
 const DATABASE_CONNECTIONS: u32 = 16;
@@ -42,17 +47,6 @@ const DATABASE_CONNECTIONS: u32 = 16;
 const CONFIGS_CACHED: usize = 20_000;
 /// Pause between two looks at a schema that is not this program's.
 const SCHEMA_PAUSE: Duration = Duration::from_secs(1);
-/// Pause between two looks at the stored configurations while a key is missing.
-const KEY_PAUSE: Duration = Duration::from_secs(10);
-/// How often gauges are set.
-const GAUGE_PAUSE: Duration = Duration::from_secs(1);
-/// How often the ledger is looked through for what has become old enough to be forgotten.
-const SWEEP_PAUSE: Duration = Duration::from_secs(60);
-/// While there is more to forget: the rest after each slice, in times of what the slice took. The database spends a fifth of
-/// one session's time on it, and less of its own the more it is asked for.
-const SWEEP_REST: u32 = 4;
-/// The least rest.
-const SWEEP_REST_MIN: Duration = Duration::from_millis(50);
 /// For idle SMTP sessions to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -67,6 +61,10 @@ pub async fn worker(settings: Settings, drain_timeout: Duration) -> anyhow::Resu
         tracing::warn!("{warning}");
     }
     let metrics = Metrics::install()?;
+    telemetry::report_panics();
+    if fault::BUILT_IN {
+        tracing::warn!("this build lets jobs inject faults: it is for tests alone");
+    }
     let readiness = Readiness::new();
     let server = http::Server::bind(settings.http.listen).await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), http = %server.address(), "sendoff starts");
@@ -204,30 +202,44 @@ impl Running {
         let ledger = Ledger::new(self.store.clone(), incarnations.clone(), telemetry::ledger_batch);
         let cache = ConfigCache::new(self.configs.clone(), CONFIGS_CACHED);
         let broker = Arc::new(Broker::start(self.broker.clone(), Arc::new(dropped)));
-        let mut beside = JoinSet::new();
-        beside.spawn(database.clone().run(self.store.clone(), incarnations.clone(), self.shutdown.clone()));
-        beside.spawn(follow_configs(cache.clone(), self.store.clone(), self.shutdown.clone()));
-        beside.spawn(show_state(
+        let mut tasks = JoinSet::new();
+        tasks.spawn(database.clone().run(self.store.clone(), incarnations.clone(), self.shutdown.clone()));
+        tasks.spawn(beside::follow_configs(cache.clone(), self.store.clone(), self.shutdown.clone()));
+        tasks.spawn(beside::show_state(
             self.readiness.clone(),
             database.clone(),
             broker.state(),
             self.shutdown.clone(),
         ));
-        beside.spawn(watch_keys(
+        tasks.spawn(beside::watch_keys(
             self.store.clone(),
             self.keys.clone(),
             self.readiness.clone(),
             self.key_missing.clone(),
             self.shutdown.clone(),
         ));
-        beside.spawn(set_gauges(self.pool.clone(), self.dispatcher.clone(), metrics, self.shutdown.clone()));
-        beside.spawn(forget_the_past(self.store.clone(), settings.retention.ledger, self.shutdown.clone()));
+        tasks.spawn(beside::set_gauges(
+            self.pool.clone(),
+            self.dispatcher.clone(),
+            metrics,
+            self.shutdown.clone(),
+        ));
+        let retention = &settings.retention;
+        tasks.spawn(beside::forget_jobs(self.store.clone(), retention.ledger, self.shutdown.clone()));
+        tasks.spawn(beside::forget_letters(
+            self.store.clone(),
+            retention.dead_letters,
+            self.shutdown.clone(),
+        ));
+        tasks.spawn(beside::count_dead_letters(self.store.clone(), self.shutdown.clone()));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
             self.shutdown.clone(),
         ));
 
+        let archivist = self.archivist(&database, &broker);
+        let archiving = tokio::spawn(archivist.run(broker.dead_letters(dead_letters::PREFETCH)));
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         self.serve_commands(settings, &broker);
@@ -240,8 +252,9 @@ impl Running {
         for lane in lanes {
             lane.await.context("a lane's task")?;
         }
+        archiving.await.context("the archivist's task")?;
         self.shutdown.stop();
-        while beside.join_next().await.is_some() {}
+        while tasks.join_next().await.is_some() {}
         self.pool.close_all(GOODBYE_LIMIT).await;
         incarnations.stop().await;
         match Arc::into_inner(broker) {
@@ -277,6 +290,7 @@ impl Running {
             incarnations,
             configs,
             dispatcher: self.dispatcher.clone(),
+            quarantine: Quarantine::default(),
             pool: self.pool.clone(),
             database,
             key_missing: self.key_missing.clone(),
@@ -290,6 +304,17 @@ impl Running {
                 attempt_timeout: settings.smtp.attempt_timeout,
                 custom_smtp: settings.delivery.custom_smtp,
             },
+            clock: self.clock.clone(),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
+    fn archivist(&self, database: &DatabaseWatch, broker: &Broker) -> Archivist {
+        let database = database.clone();
+        Archivist {
+            archive: DeadLetters::new(self.store.clone(), self.keys.clone()),
+            publisher: broker.publisher(),
+            on_loss: Box::new(move |error| database.lost(error)),
             clock: self.clock.clone(),
             shutdown: self.shutdown.clone(),
         }
@@ -353,110 +378,5 @@ impl Observer for Heard {
 
     fn egress_refused(&self, rule: &'static str) {
         telemetry::egress_refused(rule);
-    }
-}
-
-async fn follow_configs(cache: ConfigCache, store: Store, shutdown: Shutdown) {
-    tokio::select! {
-        () = cache.follow(ConfigChanges::new(store)) => {}
-        () = shutdown.stop_now() => {}
-    }
-}
-
-/// Keeps the readiness of the key ring true: looks at the start, when the worker has come upon a key that it lacks, and
-/// while one is missing, for the configurations may be sealed anew meanwhile.
-async fn watch_keys(
-    store: Store,
-    keys: Arc<KeyRing>,
-    readiness: Readiness,
-    missing: Arc<Notify>,
-    shutdown: Shutdown,
-) {
-    loop {
-        let whole = match store.try_sealed(&keys).await {
-            Ok(report) if report.missing_keys.is_empty() => {
-                readiness.up(Part::Keys);
-                true
-            }
-            Ok(report) => {
-                let ids: Vec<String> = report.missing_keys.iter().map(|id| format!("`{id}`")).collect();
-                let problem = format!(
-                    "encryption.keys lacks {}, which configurations are sealed under",
-                    ids.join(", ")
-                );
-                tracing::error!(%problem, "not ready");
-                readiness.down(Part::Keys, problem);
-                false
-            }
-            // The database's own part tells of it.
-            Err(_) => false,
-        };
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = missing.notified(), if whole => {}
-            () = tokio::time::sleep(KEY_PAUSE), if !whole => {}
-        }
-    }
-}
-
-/// Keeps `/readyz` and the two gauges true.
-async fn show_state(
-    readiness: Readiness,
-    database: DatabaseWatch,
-    mut broker: tokio::sync::watch::Receiver<crate::broker::BrokerState>,
-    shutdown: Shutdown,
-) {
-    let mut database = database.subscribe();
-    loop {
-        match &*database.borrow_and_update() {
-            DatabaseState::Up => readiness.up(Part::Database),
-            DatabaseState::Away(why) => readiness.down(Part::Database, why.clone()),
-        }
-        let reason = broker.borrow_and_update().reason().map(str::to_owned);
-        telemetry::broker_connected(reason.is_none());
-        match reason {
-            None => readiness.up(Part::Broker),
-            Some(why) => readiness.down(Part::Broker, why),
-        }
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            changed = database.changed() => if changed.is_err() { return },
-            changed = broker.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-async fn set_gauges(pool: Pool, dispatcher: Dispatcher, metrics: Metrics, shutdown: Shutdown) {
-    loop {
-        telemetry::connections(ConnectionState::Idle, pool.idle());
-        telemetry::connections(ConnectionState::Busy, pool.active());
-        let (waiting, in_flight) = dispatcher.counts();
-        telemetry::dispatch(waiting, in_flight);
-        metrics.upkeep();
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = tokio::time::sleep(GAUGE_PAUSE) => {}
-        }
-    }
-}
-
-/// Deletes what is past `ledger.retention_days`, slice by slice: at once while there is more, else as it becomes due.
-async fn forget_the_past(store: Store, retention: Duration, shutdown: Shutdown) {
-    let mut sweeper = Sweeper::new(store);
-    let mut pause = SWEEP_PAUSE;
-    loop {
-        tokio::select! {
-            () = shutdown.stop_now() => return,
-            () = tokio::time::sleep(pause) => {}
-        }
-        let begun = tokio::time::Instant::now();
-        pause = match sweeper.sweep(retention).await {
-            Ok(sweep) if !sweep.complete => (SWEEP_REST * begun.elapsed()).max(SWEEP_REST_MIN),
-            Ok(_) => SWEEP_PAUSE,
-            Err(error) => {
-                tracing::debug!(%error, "the ledger could not be looked through now");
-                SWEEP_PAUSE
-            }
-        };
     }
 }

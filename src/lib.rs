@@ -3,11 +3,12 @@
 //! The folders are the outside systems plus one core:
 //!
 //! - [`model`] is pure: what a job is, what can go wrong, what is decided about it. It imports nothing of the crate, and
-//!   neither do the leaves [`clock`] and [`shutdown`]. The leaves [`settings`] and [`telemetry`] know the model only.
+//!   neither do the leaves [`clock`], [`shutdown`] and [`fault`]. The leaves [`settings`] and [`telemetry`] know the model only.
 //! - [`broker`] (lapin), [`store`] (sqlx), [`secrets`] (aes-gcm), [`egress`] (hickory-resolver, sockets) and [`smtp`]
 //!   (lettre) each know one outside library, and import only [`model`], the leaves [`clock`], [`shutdown`] and
 //!   [`settings`], and each other in two places: `smtp` dials through `egress`, `store` seals with `secrets`.
-//! - [`delivery`] and [`control`] are the only places where two outside systems meet. They do not import each other.
+//! - [`delivery`], [`control`] and [`dead_letters`] are the only places where two outside systems meet. They do not import
+//!   each other.
 //! - [`parts`] builds adapters from the settings, for [`cli`] and [`app`].
 //! - [`cli`] and [`http`] stand in front; [`app`] composes the worker, and only `main` imports it.
 //!
@@ -18,8 +19,10 @@ pub mod broker;
 pub mod cli;
 pub mod clock;
 pub mod control;
+pub mod dead_letters;
 pub mod delivery;
 pub mod egress;
+pub mod fault;
 pub mod http;
 pub mod model;
 pub mod parts;

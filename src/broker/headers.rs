@@ -14,6 +14,7 @@ use super::names::Names;
 use super::topology::short;
 use crate::model::failure::Reason;
 use crate::model::ledger::Turn;
+use crate::model::letter::Killer;
 use crate::model::text;
 
 const ATTEMPT: &str = "sendoff-attempt";
@@ -21,10 +22,13 @@ const FIRST_AT: &str = "sendoff-first-at";
 const LANE: &str = "sendoff-lane";
 const ROUTING_KEY: &str = "sendoff-routing-key";
 const TURN: &str = "sendoff-turn";
+const FAULTS: &str = "sendoff-faults";
 const REASON: &str = "sendoff-reason";
 const DETAIL: &str = "sendoff-detail";
 const DIED_AT: &str = "sendoff-died-at";
-const OURS: [&str; 8] = [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, REASON, DETAIL, DIED_AT];
+const RECIPIENTS: &str = "sendoff-recipients";
+const OURS: [&str; 10] =
+    [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, FAULTS, REASON, DETAIL, DIED_AT, RECIPIENTS];
 const TRACEPARENT: &str = "traceparent";
 
 /// W3C Trace Context: 55 characters in version 00, with room for later ones.
@@ -35,6 +39,8 @@ const EXTRA_VALUE_MAX: usize = 256;
 const EXTRA_COUNT_MAX: usize = 16;
 /// A dead letter's detail.
 const DETAIL_MAX: usize = 500;
+/// Positions that a letter can be for: `limits.max_recipients` allows no more.
+const RECIPIENTS_MAX: usize = 10_000;
 
 /// A job, a copy of it, or its dead letter, as it came off a queue.
 #[derive(Clone)]
@@ -53,10 +59,14 @@ pub struct Received {
     pub first_at: Option<OffsetDateTime>,
     /// Which copy this is, as the copy says; 0 where it says nothing usable.
     pub turn: Turn,
+    /// How often a worker has panicked over it, as the copy says; absent: 0.
+    pub faults: u32,
     /// What a republish carries on.
     pub carried: Carried,
     /// On a message from the dead letter queue: what killed it.
     pub death: Option<Death>,
+    /// On a worker's letter that is for some of its job's recipients only: their positions over to + cc + bcc, ascending.
+    pub recipients: Option<Vec<u16>>,
 }
 
 /// Properties of the publisher's that every republish keeps.
@@ -103,6 +113,8 @@ pub struct JobHeaders {
     pub first_at: OffsetDateTime,
     /// The turn that the copy belongs to.
     pub turn: Turn,
+    /// How often a worker has panicked over the job since it was published or replayed.
+    pub faults: u32,
 }
 
 /// Why a message is in the dead letter queue.
@@ -114,6 +126,8 @@ pub struct Death {
     pub detail: Option<String>,
     /// When; unknown for an unroutable job.
     pub died_at: Option<OffsetDateTime>,
+    /// Who.
+    pub killer: Killer,
 }
 
 impl Received {
@@ -121,6 +135,23 @@ impl Received {
     pub fn published_at(&self) -> Option<OffsetDateTime> {
         let seconds = i64::try_from(self.carried.timestamp_s?).ok()?;
         OffsetDateTime::from_unix_timestamp(seconds).ok()
+    }
+
+    /// A message that lay in the archive, to be published again: what is said of its copy comes with the publish.
+    pub fn of_archive(body: Vec<u8>, routing_key: String, carried: Carried) -> Self {
+        Self {
+            body,
+            lane: None,
+            routing_key,
+            redelivered: false,
+            attempt: 0,
+            first_at: None,
+            turn: Turn::default(),
+            carried,
+            faults: 0,
+            death: None,
+            recipients: None,
+        }
     }
 
     /// Reads a message from a lane's queue.
@@ -135,12 +166,12 @@ impl Received {
         let unrouted = delivery.exchange.as_str() == names.jobs();
         let headers = delivery.properties.headers().clone().unwrap_or_default();
         let killer = BrokerDeath::first(&headers);
-        let (lane, death) = match killer {
-            _ if unrouted => (None, Death::unroutable(delivery.routing_key.as_str())),
-            Some(killer) => (names.lane_of(&killer.queue), killer.into_death()),
-            None => (text_of(&headers, LANE, 64), Death::by_worker(&headers)),
+        let (lane, death, recipients) = match killer {
+            _ if unrouted => (None, Death::unroutable(delivery.routing_key.as_str()), None),
+            Some(killer) => (names.lane_of(&killer.queue), killer.into_death(), None),
+            None => (text_of(&headers, LANE, 64), Death::by_worker(&headers), recipients_of(&headers)),
         };
-        Self::read(delivery, unrouted, lane, Some(death))
+        Self { recipients, ..Self::read(delivery, unrouted, lane, Some(death)) }
     }
 
     fn read(
@@ -164,8 +195,10 @@ impl Received {
                     .filter(|n| *n >= 0)
                     .unwrap_or(0),
             ),
+            faults: integer_of(headers, FAULTS).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
             carried: Carried::read(&delivery.properties),
             death,
+            recipients: None,
             body: std::mem::take(&mut delivery.data),
         }
     }
@@ -259,16 +292,20 @@ impl Death {
     fn unroutable(routing_key: &str) -> Self {
         let key = text::single_line(routing_key);
         let detail = Some(format!("no lane takes the routing key `{key}`"));
-        Self { reason: Reason::Unroutable, detail, died_at: None }
+        Self { reason: Reason::Unroutable, detail, died_at: None, killer: Killer::Broker }
     }
 
     fn by_worker(headers: &FieldTable) -> Self {
         let reason = text_of(headers, REASON, 64).and_then(|name| Reason::from_name(&name));
         let detail = text_of(headers, DETAIL, 4 * DETAIL_MAX);
+        let died_at = time_of(headers, DIED_AT);
+        // A worker always says when; what somebody else has put into the queue, no worker has announced.
+        let killer = if died_at.is_some() { Killer::Worker } else { Killer::Broker };
         Self {
             reason: reason.unwrap_or(Reason::Internal),
             detail: detail.map(|detail| text::bounded(&text::single_line(&detail), DETAIL_MAX)),
-            died_at: time_of(headers, DIED_AT),
+            died_at,
+            killer,
         }
     }
 }
@@ -304,7 +341,7 @@ impl BrokerDeath {
                 (Reason::Internal, format!("the broker took it from its lane: {}", text::single_line(other)))
             }
         };
-        Death { reason, detail: Some(detail), died_at: self.at }
+        Death { reason, detail: Some(detail), died_at: self.at, killer: Killer::Broker }
     }
 }
 
@@ -314,26 +351,44 @@ pub(super) fn job_headers(
     routing_key: &str,
     headers: &JobHeaders,
 ) -> Vec<(&'static str, AMQPValue)> {
-    vec![
+    let mut ours = vec![
         (ATTEMPT, AMQPValue::LongLongInt(i64::from(headers.attempt))),
         (FIRST_AT, time_value(headers.first_at)),
         (LANE, long(lane)),
         (ROUTING_KEY, long(routing_key)),
         (TURN, AMQPValue::LongLongInt(i64::from(headers.turn.0))),
-    ]
+    ];
+    if headers.faults > 0 {
+        ours.push((FAULTS, AMQPValue::LongLongInt(i64::from(headers.faults))));
+    }
+    ours
 }
 
 /// What a dead letter bears beside them.
-pub(super) fn death_headers(
-    reason: Reason,
-    detail: &str,
-    died_at: OffsetDateTime,
-) -> Vec<(&'static str, AMQPValue)> {
-    vec![
-        (REASON, long(reason.as_str())),
-        (DETAIL, long(&text::bounded(&text::single_line(detail), DETAIL_MAX))),
-        (DIED_AT, time_value(died_at)),
-    ]
+pub(super) fn death_headers(death: &DeadLetter<'_>) -> Vec<(&'static str, AMQPValue)> {
+    let mut headers = vec![
+        (REASON, long(death.reason.as_str())),
+        (DETAIL, long(&text::bounded(&text::single_line(death.detail), DETAIL_MAX))),
+        (DIED_AT, time_value(death.died_at)),
+    ];
+    if let Some(recipients) = death.recipients {
+        let positions: Vec<String> = recipients.iter().map(u16::to_string).collect();
+        headers.push((RECIPIENTS, long(&positions.join(","))));
+    }
+    headers
+}
+
+/// What is said of a dead letter.
+#[derive(Debug, Clone, Copy)]
+pub struct DeadLetter<'a> {
+    /// From the contract.
+    pub reason: Reason,
+    /// In words, without addresses.
+    pub detail: &'a str,
+    /// When it was given up.
+    pub died_at: OffsetDateTime,
+    /// Positions over to + cc + bcc that it is for, ascending; `None`: every recipient.
+    pub recipients: Option<&'a [u16]>,
 }
 
 /// Delivery mode 2 (AMQP 0-9-1 section 1.8.1): written to disk before it is confirmed.
@@ -378,6 +433,17 @@ fn integer_in(value: &AMQPValue) -> Option<i64> {
         AMQPValue::LongLongInt(n) => Some(*n),
         _ => None,
     }
+}
+
+/// Positions in ascending order, separated by commas; anything else is as good as absent.
+fn recipients_of(headers: &FieldTable) -> Option<Vec<u16>> {
+    // Five digits and a comma each.
+    let text = text_of(headers, RECIPIENTS, 6 * RECIPIENTS_MAX)?;
+    let digits = |item: &&str| item.bytes().all(|byte| byte.is_ascii_digit());
+    let positions: Vec<u16> =
+        text.split(',').map(|item| Some(item).filter(digits)?.parse().ok()).collect::<Option<_>>()?;
+    let ascend = positions.windows(2).all(|two| two[0] < two[1]);
+    (ascend && positions.len() <= RECIPIENTS_MAX).then_some(positions)
 }
 
 fn time_of(headers: &FieldTable, name: &str) -> Option<OffsetDateTime> {

@@ -51,6 +51,7 @@ fn headers_of_a_wrong_type_or_a_monstrous_size_are_as_good_as_absent() {
             (FIRST_AT, AMQPValue::Boolean(true)),
             (ROUTING_KEY, long("reminder.not_mine")),
             (REASON, long("malformed")),
+            (RECIPIENTS, long("0")),
             ("sendoff-note", long("kept")),
             ("sendoff-huge", long(&huge)),
             ("sendoff-table", AMQPValue::FieldTable(FieldTable::default())),
@@ -60,7 +61,7 @@ fn headers_of_a_wrong_type_or_a_monstrous_size_are_as_good_as_absent() {
     );
     let received = Received::from_lane(&mut hostile, &Names::new("p"), "notifications");
     assert_eq!((received.attempt, received.turn, received.first_at), (0, Turn(0), None));
-    assert_eq!(received.routing_key, "notification.x");
+    assert_eq!((received.routing_key.as_str(), &received.recipients), ("notification.x", &None));
     assert_eq!(received.carried.traceparent, None);
     assert_eq!(
         received.carried.extra,
@@ -74,11 +75,12 @@ fn who_killed_a_letter_is_told_by_what_a_publisher_cannot_forge() {
     let forged = [(REASON, long("auth_failed")), ("x-death", deaths("p.jobs.lane", "delivery_limit"))];
     let unrouted = Received::from_dead(&mut delivery("p.jobs", "nobody.takes", &forged), &names);
     let death = unrouted.death.unwrap();
-    assert_eq!(death.reason, Reason::Unroutable);
+    assert_eq!((death.reason, death.killer), (Reason::Unroutable, Killer::Broker));
     assert_eq!(death.detail.as_deref(), Some("no lane takes the routing key `nobody.takes`"));
 
     let looped = Received::from_dead(&mut delivery("p.dead", "k", &forged), &names);
-    assert_eq!(looped.death.unwrap().reason, Reason::CrashLoop);
+    let death = looped.death.unwrap();
+    assert_eq!((death.reason, death.killer), (Reason::CrashLoop, Killer::Broker));
     assert_eq!(looped.lane.as_deref(), Some("lane"));
 
     let killed = [
@@ -92,7 +94,53 @@ fn who_killed_a_letter_is_told_by_what_a_publisher_cannot_forge() {
     let death = by_worker.death.unwrap();
     assert_eq!((death.reason, death.detail.as_deref()), (Reason::AuthFailed, Some("a b")));
     assert_eq!(death.died_at, Some(time::macros::datetime!(2026-11-22 20:00 UTC)));
-    assert_eq!(by_worker.lane.as_deref(), Some("reminders"));
+    assert_eq!((by_worker.lane.as_deref(), death.killer), (Some("reminders"), Killer::Worker));
+
+    let strange = Received::from_dead(&mut delivery("", "p.dead", &[]), &names).death.unwrap();
+    assert_eq!((strange.reason, strange.killer), (Reason::Internal, Killer::Broker));
+}
+
+#[test]
+fn a_letter_is_for_the_recipients_that_a_worker_names_in_ascending_order_or_for_all() {
+    let names = Names::new("p");
+    let read = |value: AMQPValue| {
+        let mut letter = delivery("p.dead", "reminder.x", &[(RECIPIENTS, value)]);
+        Received::from_dead(&mut letter, &names).recipients
+    };
+    assert_eq!(read(long("0")), Some(vec![0]));
+    assert_eq!(read(long("1,3,65535")), Some(vec![1, 3, 65_535]));
+    let all: Vec<String> = (0..RECIPIENTS_MAX).map(|position| position.to_string()).collect();
+    assert_eq!(read(long(&all.join(","))).unwrap().len(), RECIPIENTS_MAX);
+    let unusable = ["", ",", "1,", "3,1", "1,1", "-1", "+1", " 1", "1, 3", "1;3", "65536", "all"];
+    for value in unusable {
+        assert_eq!(read(long(value)), None, "{value:?}");
+    }
+    assert_eq!(read(long(&format!("{},{RECIPIENTS_MAX}", all.join(",")))), None);
+    assert_eq!(read(AMQPValue::LongLongInt(1)), None);
+
+    // What the broker kills has only its publisher's headers.
+    let forged = (RECIPIENTS, long("0"));
+    let mut unrouted = delivery("p.jobs", "nobody.takes", std::slice::from_ref(&forged));
+    assert_eq!(Received::from_dead(&mut unrouted, &names).recipients, None);
+    let mut looped = delivery("p.dead", "k", &[forged, ("x-death", deaths("p.jobs.lane", "delivery_limit"))]);
+    assert_eq!(Received::from_dead(&mut looped, &names).recipients, None);
+}
+
+#[test]
+fn what_a_worker_says_of_a_death_is_read_back() {
+    let at = time::macros::datetime!(2026-11-22 20:00 UTC);
+    let said = DeadLetter {
+        reason: Reason::RecipientsRefused,
+        detail: "recipient 1 was refused",
+        died_at: at,
+        recipients: Some(&[1, 30]),
+    };
+    let mut letter = delivery("p.dead", "reminder.x", &death_headers(&said));
+    let read = Received::from_dead(&mut letter, &Names::new("p"));
+    assert_eq!(read.recipients, Some(vec![1, 30]));
+    let detail = Some(said.detail.to_owned());
+    let killer = Killer::Worker;
+    assert_eq!(read.death, Some(Death { reason: said.reason, detail, died_at: Some(at), killer }));
 }
 
 #[test]
@@ -107,6 +155,7 @@ fn a_republish_carries_on_only_what_the_contract_names() {
             ("x-anything", long("y")),
             ("sendoff-note", long("kept")),
             (REASON, long("stale")),
+            (RECIPIENTS, long("0")),
             (TRACEPARENT, long("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")),
         ],
     );
@@ -123,7 +172,7 @@ fn a_republish_carries_on_only_what_the_contract_names() {
         .with_app_id("a".into())
         .with_priority(9);
     let received = Received::from_lane(&mut hostile, &Names::new("p"), "l");
-    let headers = JobHeaders { attempt: 1, first_at: OffsetDateTime::UNIX_EPOCH, turn: Turn(1) };
+    let headers = JobHeaders { attempt: 1, first_at: OffsetDateTime::UNIX_EPOCH, turn: Turn(1), faults: 0 };
     let properties = received.carried.to_properties(job_headers("l", "k", &headers));
     let kept: Vec<&str> =
         properties.headers().as_ref().unwrap().inner().keys().map(ShortString::as_str).collect();

@@ -15,10 +15,10 @@ use lapin::{Acker, Channel, Consumer};
 use tokio::sync::{mpsc, watch};
 
 use super::connection::BrokerError;
-use super::headers::{JobHeaders, Received};
+use super::headers::{DeadLetter, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
-use super::publisher::{DeadLetter, PublishError, Publisher};
+use super::publisher::{PublishError, Publisher};
 use super::topology;
 
 /// Handing the prefetched messages back when a consumer stops.

@@ -8,17 +8,15 @@ use std::time::Duration;
 use lapin::options::BasicPublishOptions;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::{BasicProperties, Channel, Confirmation, ErrorKind};
-use time::OffsetDateTime;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::connection::BrokerError;
-use super::headers::{self, JobHeaders, Received};
+use super::headers::{self, DeadLetter, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::topology;
 use crate::model::event::Event;
-use crate::model::failure::Reason;
 use crate::model::text;
 
 /// Publishes at once, each on a channel of its own. A returned message comes with no sign of which publish it belongs to,
@@ -175,7 +173,7 @@ impl Publisher {
         death: DeadLetter<'_>,
     ) -> Result<(), PublishError> {
         let mut ours = headers::job_headers(lane, &job.routing_key, &headers);
-        ours.extend(headers::death_headers(death.reason, death.detail, death.died_at));
+        ours.extend(headers::death_headers(&death));
         self.copy(&self.shared.names.dead(), &job.routing_key, job, ours).await
     }
 
@@ -289,17 +287,6 @@ impl Publisher {
     fn unavailable(&self) -> PublishError {
         PublishError::Unavailable { waited_ms: u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX) }
     }
-}
-
-/// What is said of a dead letter.
-#[derive(Debug, Clone, Copy)]
-pub struct DeadLetter<'a> {
-    /// From the contract.
-    pub reason: Reason,
-    /// In words, without addresses.
-    pub detail: &'a str,
-    /// When it was given up.
-    pub died_at: OffsetDateTime,
 }
 
 impl Shared {

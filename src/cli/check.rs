@@ -186,7 +186,23 @@ async fn stored_keys(store: &Store, keys: &KeyRing) -> Result<String, String> {
             found.damaged
         ));
     }
-    Ok(format!("{} configurations open", found.readable))
+    let letters = store.letter_keys().await.map_err(|error| error.to_string())?;
+    let keyless: Vec<String> = letters
+        .iter()
+        .filter(|(id, _)| !keys.ids().any(|known| known == id.as_str()))
+        .map(|(id, letters)| format!("{letters} under `{id}`"))
+        .collect();
+    if !keyless.is_empty() {
+        return Err(format!(
+            "dead letters are sealed under keys that are not in encryption.keys: {}; add them behind the first",
+            keyless.join(", ")
+        ));
+    }
+    Ok(format!(
+        "{} configurations open; the keys of {} dead letters are there",
+        found.readable,
+        letters.values().sum::<u64>()
+    ))
 }
 
 async fn look_at_broker(settings: &Settings, report: &mut Report) -> anyhow::Result<()> {

@@ -62,9 +62,13 @@ fn is_away(error: &anyhow::Error) -> bool {
             Some(_) => false,
             None => cause.downcast_ref::<BrokerError>().is_some_and(BrokerError::is_unreachable),
         };
+        let publishing = matches!(
+            cause.downcast_ref::<PublishError>(),
+            Some(PublishError::Lost { .. } | PublishError::Unavailable { .. })
+        );
         let store =
             cause.downcast_ref::<StoreError>().is_some_and(|e| matches!(e, StoreError::Unavailable(_)));
-        broker || store
+        broker || publishing || store
     })
 }
 

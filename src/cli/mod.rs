@@ -3,6 +3,7 @@
 //! quietly; no password is ever an argument.
 
 mod check;
+mod dead;
 mod exit;
 mod job;
 mod keys;
@@ -10,6 +11,7 @@ mod migrate;
 mod org;
 mod output;
 mod password;
+mod story;
 mod topology;
 mod worker;
 
@@ -30,7 +32,8 @@ use crate::telemetry;
     about = "A background email worker: jobs from RabbitMQ, sent through each \
     organization's own SMTP server",
     after_help = "Examples:\n  sendoff keys generate\n  sendoff check\n  sendoff worker\n  \
-    sendoff job send --org 42 --to ann@example.org --subject Hello --text 'It works' --wait\n\nExit codes: 0 done, 1 \
+    sendoff job send --org 42 --to ann@example.org --subject Hello --text 'It works' --wait\n  \
+    sendoff dead stats --since 24h\n\nExit codes: 0 done, 1 \
     failed, 2 usage, 3 database or broker unreachable",
     max_term_width = 110
 )]
@@ -56,6 +59,9 @@ enum Command {
     /// Send a job, or ask what became of one
     #[command(subcommand)]
     Job(job::JobCommand),
+    /// Dead letters: what died, why, and what was done with it
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
     /// An organization's SMTP server and features
     #[command(subcommand)]
     Org(org::OrgCommand),
@@ -107,6 +113,7 @@ where
         }
         Command::Job(job::JobCommand::Send(args)) => job::send::run(&args, &load(Needs::NOTHING)?).await,
         Command::Job(job::JobCommand::Status(args)) => job::status::run(&args, &load(Needs::DATABASE)?).await,
+        Command::Dead(command) => dead::run(&command, &load(command.needs())?).await,
         Command::Org(command) => org::run(&command, &load(Needs::NOTHING)?).await,
         Command::Keys(keys::KeysCommand::Generate(args)) => keys::generate(&args),
     }

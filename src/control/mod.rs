@@ -22,7 +22,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 pub use error::{Code, ControlError, Response};
-pub use job_status::view as job_status_json;
+pub use job_status::{letter_view as letter_status_json, view as job_status_json};
 
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};

@@ -33,7 +33,7 @@ pub enum Shut {
 }
 
 /// What one attempt came to.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Report {
     /// Recipients that the server took responsibility for.
     pub accepted: Vec<u16>,
@@ -155,6 +155,8 @@ struct SoFar {
     todo: Vec<u16>,
     address: Option<SocketAddr>,
     message: Option<FinalDot>,
+    /// A transaction ended with nobody knowing whether the server has the message.
+    unknown: bool,
 }
 
 impl Progress {
@@ -168,18 +170,19 @@ impl Progress {
     }
 
     /// The report of an attempt that was cut off: unknown once the final dot may have left, to be tried again before.
-    pub fn cut(self, reason: Reason, detail: &str) -> Report {
-        let so_far = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let unknown = so_far.message.is_some_and(|message| message.may_have_left());
+    pub fn cut(&self, reason: Reason, detail: &str) -> Report {
+        let so_far = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let unknown =
+            so_far.unknown || so_far.message.as_ref().is_some_and(|message| message.may_have_left());
         let verdict = if unknown {
             Verdict::Unknown
         } else {
             Verdict::Retry { reason, at_least: None, feedback: Feedback::Neutral }
         };
         Report {
-            accepted: so_far.accepted,
-            refused: so_far.refused,
-            later: [so_far.later, so_far.todo].concat(),
+            accepted: so_far.accepted.clone(),
+            refused: so_far.refused.clone(),
+            later: [&so_far.later[..], &so_far.todo].concat(),
             verdict: Some(verdict),
             phase: Some(if unknown { Phase::FinalDot } else { Phase::Body }),
             detail: Some(detail.to_owned()),
@@ -256,6 +259,7 @@ pub async fn send(
             so_far.later.clone_from(&report.later);
             so_far.todo.clone_from(&todo);
             so_far.message = None;
+            so_far.unknown = report.verdict == Some(Verdict::Unknown);
         });
         if todo.is_empty() {
             session.release();

@@ -5,8 +5,8 @@ use time::OffsetDateTime;
 
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
-use crate::model::job::Job;
-use crate::model::ledger::{Claimed, Settlement};
+use crate::model::job::{Job, JobKey};
+use crate::model::ledger::{Claimed, Settle, Settlement};
 use crate::model::policy::{self, Disposition, Feedback, Progress, RetryLimits, Verdict};
 
 use super::attempt::{Report, Shut};
@@ -61,9 +61,9 @@ pub fn conclude(
         conclusion.pending = Some(report.later.clone());
     }
     let progress = Progress {
-        attempts: conclusion.attempts,
+        attempts: conclusion.attempts.saturating_sub(claimed.spared),
         unknowns: claimed.unknowns,
-        first_at: claimed.first_at,
+        counted_from: claimed.counted_from(),
         expires_at: job.expires_at,
         on_unknown: job.on_unknown,
         platform,
@@ -103,6 +103,24 @@ pub fn recipients(job: &Job, claimed: &Claimed) -> Vec<u16> {
     claimed.pending.clone().unwrap_or_else(|| (0..).take(job.recipient_count()).collect())
 }
 
+/// What the ledger is told of it, without an attempt's record.
+pub fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Settle {
+    Settle {
+        key: key.clone(),
+        owner: claimed.owner,
+        turn: claimed.turn,
+        outcome: conclusion.settlement.clone(),
+        attempts: conclusion.attempts,
+        unknowns: conclusion.unknowns,
+        message_id: claimed.message_id.clone(),
+        pending: conclusion.pending.clone(),
+        refused: conclusion.refused.clone(),
+        partly_sent: conclusion.partly_sent,
+        reply: None,
+        attempt: None,
+    }
+}
+
 impl Conclusion {
     /// Nothing was tried: everything stays as it was claimed.
     pub fn released(claimed: &Claimed) -> Self {
@@ -115,6 +133,17 @@ impl Conclusion {
             partly_sent: claimed.partly_sent,
             detail: String::new(),
         }
+    }
+
+    /// The worker would only panic again, so there is no retry. What nobody can know stays said.
+    pub fn condemn(&mut self, left: &[u16], detail: String) {
+        let reason = match self.settlement {
+            Settlement::Deferred { reason: Reason::UnknownOutcome, .. } => Reason::UnknownOutcome,
+            Settlement::Deferred { .. } => Reason::Internal,
+            Settlement::Dead { reason: Reason::RetriesExhausted, .. } => Reason::Internal,
+            _ => return,
+        };
+        self.give_up(left, 0, reason, detail);
     }
 
     /// The recipients that are left get nothing: the job is dead, unless others have the message.

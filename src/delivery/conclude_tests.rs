@@ -23,7 +23,9 @@ fn claimed() -> Claimed {
         owner: Incarnation(1),
         turn: Turn(0),
         attempts: 0,
+        spared: 0,
         first_at: NOW,
+        replayed_at: None,
         now: NOW,
         message_id: "<1@x.example>".into(),
         pending: None,
@@ -109,4 +111,35 @@ fn an_unknown_outcome_is_counted() {
     let conclusion = concluded(&claimed(), &report);
     assert!(matches!(conclusion.settlement, Settlement::Deferred { reason: Reason::UnknownOutcome, .. }));
     assert_eq!((conclusion.unknowns, conclusion.pending), (1, None));
+}
+
+#[test]
+fn a_job_that_the_worker_cannot_handle_is_dead_for_that_unless_nobody_knows_whether_it_was_sent() {
+    let worn = |verdict, claimed: &Claimed| {
+        let report = Report { later: vec![0, 1, 2], verdict: Some(verdict), ..Report::default() };
+        let mut conclusion = concluded(claimed, &report);
+        conclusion.condemn(&report.later, "worn".to_owned());
+        match conclusion.settlement {
+            Settlement::Dead { reason, .. } => reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    let internal = Verdict::Retry { reason: Reason::Internal, at_least: None, feedback: Feedback::Neutral };
+    assert_eq!(worn(internal, &claimed()), Reason::Internal);
+    assert_eq!(worn(internal, &Claimed { attempts: 9, ..claimed() }), Reason::Internal, "retries had ended");
+    assert_eq!(worn(Verdict::Unknown, &claimed()), Reason::UnknownOutcome);
+    assert_eq!(worn(Verdict::Dead(Reason::SenderRefused), &claimed()), Reason::SenderRefused);
+}
+
+#[test]
+fn a_replayed_job_has_its_retries_and_its_age_anew_and_keeps_the_count_of_its_attempts() {
+    let days_ago = NOW - Duration::from_secs(7 * 24 * 3600);
+    let exhausted = Claimed { attempts: 2, first_at: days_ago, ..claimed() };
+    let report = || Report { later: vec![0, 1, 2], verdict: retry(), ..Report::default() };
+    assert!(matches!(concluded(&exhausted, &report()).settlement, Settlement::Dead { .. }));
+
+    let replayed = Claimed { spared: 2, replayed_at: Some(NOW), ..exhausted };
+    let conclusion = concluded(&replayed, &report());
+    assert!(matches!(conclusion.settlement, Settlement::Deferred { .. }));
+    assert_eq!(conclusion.attempts, 3);
 }

@@ -34,7 +34,7 @@ pub async fn serve(worker: Arc<Worker>, lane: ServedLane, mut deliveries: Delive
     }
 }
 
-/// A panic outside an attempt: its delivery went back to the lane when it was dropped.
+/// A panic beyond everything that settles a delivery after one: it went back to the lane when it was dropped.
 fn report(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && error.is_panic()

@@ -2,12 +2,13 @@
 //! Guarantee: what is recorded is handed over while this worker lives, however often the broker or the database go
 //! away meanwhile; only the second stage of a stop ends the trying.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::broker::wire::Refusal;
-use crate::broker::{DeadLetter, PublishError, Publisher};
-use crate::broker::{JobHeaders, Received, Scalar};
+use crate::broker::{DeadLetter, JobHeaders, PublishError, Publisher};
 use crate::clock::Clock;
+use crate::fault::{self, Place};
 use crate::model::event::{Event, JobFacts, RefusedRecipient, What};
 use crate::model::failure::{Reason, Reply};
 use crate::model::job::{Job, JobKey};
@@ -20,10 +21,11 @@ use crate::store::{Ledger, Store, StoreError};
 use crate::telemetry::{self, Outcome};
 
 use super::attempt::{Report, Shut};
-use super::conclude::{Conclusion, conclude, conclude_unattempted};
+use super::conclude::{Conclusion, conclude, conclude_unattempted, settle_of};
 use super::database::DatabaseWatch;
 use super::debts::Debts;
 use super::in_hand::InHand;
+use super::trail::{Concluded, Stage, Trail};
 
 /// Pause between two tries of something that is owed.
 const OWED_PAUSE: Duration = Duration::from_millis(500);
@@ -33,8 +35,6 @@ const SHORTEST_ASIDE_S: u32 = ASIDE_S[0];
 
 /// What is published to may be missing for a moment, during somebody's maintenance; then it is declared again.
 const TRIES_BEFORE_DECLARING: u32 = 20;
-/// Header of a dead letter that is for some recipients only: their positions in the job, comma-separated.
-const RECIPIENTS: &str = "sendoff-recipients";
 
 /// Records and hands over.
 pub struct Desk {
@@ -57,7 +57,7 @@ pub struct Desk {
 }
 
 /// The worker is stopped before something owed could be done; the broker will bring the delivery again.
-struct Stopped;
+pub(super) struct Stopped;
 
 impl Desk {
     /// A body that is no job: a dead letter at once, without a row in the ledger.
@@ -78,6 +78,17 @@ impl Desk {
         let detail = "id: the same id was published before with another body";
         let event = Event::of_job(self.clock.now(), job, What::Dead { reason: Reason::IdConflict });
         self.bury(delivery, Reason::IdConflict, detail, event).await;
+    }
+
+    /// The worker has failed over the body so often that it is given up; the ledger may know nothing of it.
+    pub async fn bury_worn(&self, delivery: InHand<'_>, job: Option<&Job>) {
+        let what = What::Dead { reason: Reason::Internal };
+        let event = match job {
+            Some(job) => Event::of_job(self.clock.now(), job, what),
+            None => Event { at: self.clock.now(), organization_id: None, job: None, what },
+        };
+        let detail = worn(&delivery);
+        self.bury(delivery, Reason::Internal, &detail, event).await;
     }
 
     async fn bury(&self, delivery: InHand<'_>, reason: Reason, detail: &str, event: Event) {
@@ -107,7 +118,8 @@ impl Desk {
         if status.state != State::Sent {
             return Ok(());
         }
-        let headers = JobHeaders { attempt: status.attempts, first_at: status.first_at, turn: status.turn };
+        let (attempt, first_at, turn) = (status.attempts, status.first_at, status.turn);
+        let headers = JobHeaders { attempt, first_at, turn, faults: delivery.faults() };
         if let Some(first) = status.refused.first() {
             let detail = format!("recipient {} was refused with {}", first.index, first.code);
             self.bury_refused(delivery, &status.refused, &detail, headers).await?;
@@ -152,8 +164,8 @@ impl Desk {
 
     /// Does a recorded hand-over once more: its recorder may have died before it.
     pub async fn repeat(&self, delivery: InHand<'_>, job: &Job, hand_over: HandOver) {
-        let headers =
-            JobHeaders { attempt: hand_over.attempts, first_at: hand_over.first_at, turn: hand_over.turn };
+        let (attempt, first_at, turn) = (hand_over.attempts, hand_over.counted_from(), hand_over.turn);
+        let headers = JobHeaders { attempt, first_at, turn, faults: delivery.faults() };
         let reason = hand_over.reason.unwrap_or(Reason::Internal);
         let now = self.clock.now();
         let done = async {
@@ -169,16 +181,20 @@ impl Desk {
             }
         };
         match done.await {
-            Ok(()) => delivery.finish(Outcome::Duplicate).await,
+            Ok(()) => {
+                self.debts.pay(&job.key, turn);
+                delivery.finish(Outcome::Duplicate).await;
+            }
             Err(Stopped) => delivery.hand_back().await,
         }
     }
 
     /// Gives a claim back without an attempt.
-    pub async fn release(&self, job: &Job, claimed: &Claimed) {
-        let settle = settle_of(&job.key, claimed, &Conclusion::released(claimed));
+    pub async fn release(&self, trail: &Trail, key: &JobKey, claimed: &Claimed) {
+        let settle = settle_of(key, claimed, &Conclusion::released(claimed));
         // Stopped meanwhile: the claim dies with this worker.
         let _ = self.record(settle).await;
+        trail.reach(Stage::Unclaimed);
     }
 
     /// A claimed job that is not attempted: dead.
@@ -198,7 +214,14 @@ impl Desk {
             false => None,
         };
         let transport = transport_so_far(job, status.as_ref());
-        self.conclude(delivery, job, &claimed, transport, settle, conclusion).await;
+        let concluded = Concluded { claimed, transport, settle, conclusion };
+        self.conclude(delivery, job, Arc::new(concluded)).await;
+    }
+
+    /// A claimed job over which the worker panicked to the last.
+    pub async fn give_up_worn(&self, delivery: InHand<'_>, job: &Job, claimed: Claimed) {
+        let detail = worn(&delivery);
+        self.give_up(delivery, job, claimed, Reason::Internal, detail).await;
     }
 
     /// An attempted job: records what came of it and hands it over.
@@ -215,13 +238,16 @@ impl Desk {
             // Also where the claim seems to be another's: a release that finds it so changes nothing, and one that does not
             // would leave the job held for as long as this worker lives.
             Some(Shut::NotOwner | Shut::Halted) if untouched => {
-                self.release(job, &claimed).await;
+                self.release(delivery.trail(), &job.key, &claimed).await;
                 return self.back_later(delivery).await;
             }
             _ => {}
         }
         let platform = *destination == Destination::Platform;
-        let conclusion = conclude(job, &claimed, &report, platform, &self.retry, self.clock.now());
+        let mut conclusion = conclude(job, &claimed, &report, platform, &self.retry, self.clock.now());
+        if delivery.is_worn() {
+            conclusion.condemn(&report.later, worn(&delivery));
+        }
         let first_time_right = matches!(conclusion.settlement, Settlement::Sent)
             && claimed.attempts == 0
             && report.reason().is_none();
@@ -230,24 +256,21 @@ impl Desk {
             attempt: (!first_time_right).then(|| report.record(&claimed, destination)),
             ..settle_of(&job.key, &claimed, &conclusion)
         };
-        self.conclude(delivery, job, &claimed, destination.transport(), settle, conclusion).await;
+        let concluded = Concluded { claimed, transport: destination.transport(), settle, conclusion };
+        self.conclude(delivery, job, Arc::new(concluded)).await;
     }
 
-    async fn conclude(
-        &self,
-        delivery: InHand<'_>,
-        job: &Job,
-        claimed: &Claimed,
-        transport: &'static str,
-        settle: Settle,
-        conclusion: Conclusion,
-    ) {
-        let accepted = matches!(conclusion.settlement, Settlement::Sent);
+    /// Records a decision and hands it over. From here on it stands: after a panic the same one is carried out again.
+    pub async fn conclude(&self, delivery: InHand<'_>, job: &Job, concluded: Arc<Concluded>) {
+        delivery.trail().reach(Stage::Concluded(concluded.clone()));
+        fault::strike(Place::Record, &delivery.received().body);
+        let Concluded { claimed, settle, .. } = &*concluded;
+        let accepted = matches!(settle.outcome, Settlement::Sent);
         let owed = claimed.turn.next();
         if !accepted {
             self.debts.incur(&job.key, owed);
         }
-        match self.record(settle).await {
+        match self.record(settle.clone()).await {
             Ok(SettleAnswer::Recorded) => {}
             Ok(SettleAnswer::NotOwner) => {
                 self.debts.pay(&job.key, owed);
@@ -260,11 +283,13 @@ impl Desk {
             Err(Stopped) if accepted => return delivery.finish(Outcome::Sent).await,
             Err(Stopped) => return delivery.hand_back().await,
         }
-        match self.hand_over(&delivery, job, claimed, transport, &conclusion).await {
+        fault::strike(Place::HandOver, &delivery.received().body);
+        match self.hand_over(&delivery, job, &concluded).await {
             Ok(settled) => {
                 self.debts.pay(&job.key, owed);
                 if settled == Outcome::Sent {
-                    let since = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let published = delivery.received().published_at().unwrap_or(claimed.first_at);
+                    let since = claimed.replayed_at.unwrap_or(published);
                     let took = Duration::try_from(self.clock.now() - since).unwrap_or_default();
                     delivery.lane().metrics.job_took(took);
                 }
@@ -278,12 +303,11 @@ impl Desk {
         &self,
         delivery: &InHand<'_>,
         job: &Job,
-        claimed: &Claimed,
-        transport: &'static str,
-        conclusion: &Conclusion,
+        Concluded { claimed, transport, conclusion, .. }: &Concluded,
     ) -> Result<Outcome, Stopped> {
         let now = self.clock.now();
-        let next = |turn| JobHeaders { attempt: conclusion.attempts, first_at: claimed.first_at, turn };
+        let (attempt, first_at, faults) = (conclusion.attempts, claimed.first_at, delivery.faults());
+        let next = |turn| JobHeaders { attempt, first_at, turn, faults };
         let announce = async |what| self.announce(&Event::of_job(now, job, what)).await;
         match &conclusion.settlement {
             Settlement::Sent => {
@@ -299,7 +323,7 @@ impl Desk {
             }
             Settlement::Deferred { reason, wait } => {
                 let delay_s = self.retry.schedule.queue_for_s(*wait);
-                let headers = next(claimed.turn.next());
+                let headers = JobHeaders { first_at: claimed.counted_from(), ..next(claimed.turn.next()) };
                 self.owe("retry", || self.retry_copy(delivery, delay_s, headers)).await?;
                 announce(What::Deferred { reason: *reason, next_attempt_at: now + *wait }).await?;
                 Ok(Outcome::Deferred)
@@ -322,11 +346,13 @@ impl Desk {
         detail: &str,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let positions: Vec<String> = refused.iter().map(|refused| refused.index.to_string()).collect();
-        let mut letter = delivery.received().clone();
-        letter.carried.extra.insert(RECIPIENTS.to_owned(), Scalar::Text(positions.join(",")));
+        let mut positions: Vec<u16> = refused.iter().map(|refused| refused.index).collect();
+        positions.sort_unstable();
+        positions.dedup();
         let reason = refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
-        self.bury_letter(&letter, &delivery.lane().name, reason, detail, headers).await
+        let recipients = Some(positions.as_slice());
+        self.bury_for(delivery, DeadLetter { reason, detail, died_at: self.clock.now(), recipients }, headers)
+            .await
     }
 
     /// None of a delivery that was lost meanwhile: it comes again by itself.
@@ -359,18 +385,17 @@ impl Desk {
         detail: &str,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        self.bury_letter(delivery.received(), &delivery.lane().name, reason, detail, headers).await
+        let death = DeadLetter { reason, detail, died_at: self.clock.now(), recipients: None };
+        self.bury_for(delivery, death, headers).await
     }
 
-    async fn bury_letter(
+    async fn bury_for(
         &self,
-        letter: &Received,
-        lane: &str,
-        reason: Reason,
-        detail: &str,
+        delivery: &InHand<'_>,
+        death: DeadLetter<'_>,
         headers: JobHeaders,
     ) -> Result<(), Stopped> {
-        let death = DeadLetter { reason, detail, died_at: self.clock.now() };
+        let (letter, lane) = (delivery.received(), &delivery.lane().name);
         self.owe("dead letter", || self.publisher.dead_letter(letter, lane, headers, death)).await
     }
 
@@ -410,7 +435,7 @@ impl Desk {
     }
 
     /// Records until the database has taken it.
-    async fn record(&self, settle: Settle) -> Result<SettleAnswer, Stopped> {
+    pub(super) async fn record(&self, settle: Settle) -> Result<SettleAnswer, Stopped> {
         let mut complained = false;
         loop {
             // A statement that was sent may have been carried out: it is never cut off, only not begun again.
@@ -442,23 +467,11 @@ fn transport_so_far(job: &Job, status: Option<&JobStatus>) -> &'static str {
     if last == Some(PLATFORM) || job.key.organization.is_none() { PLATFORM } else { ORGANIZATION }
 }
 
-fn death(reason: Reason) -> What {
-    if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } }
+/// Said of a job that the worker failed over to the last.
+fn worn(delivery: &InHand<'_>) -> String {
+    format!("the worker panicked over it {} times", delivery.faults())
 }
 
-fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Settle {
-    Settle {
-        key: key.clone(),
-        owner: claimed.owner,
-        turn: claimed.turn,
-        outcome: conclusion.settlement.clone(),
-        attempts: conclusion.attempts,
-        unknowns: conclusion.unknowns,
-        message_id: claimed.message_id.clone(),
-        pending: conclusion.pending.clone(),
-        refused: conclusion.refused.clone(),
-        partly_sent: conclusion.partly_sent,
-        reply: None,
-        attempt: None,
-    }
+fn death(reason: Reason) -> What {
+    if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } }
 }

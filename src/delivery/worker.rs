@@ -1,6 +1,6 @@
 //! One delivery's way: parse, claim, route, admit, send, record, settle.
 //! Guarantee: a delivery ends acked only after its outcome is recorded and handed over; a crash between any two steps
-//! repeats a step, and the ledger makes the repetition harmless.
+//! repeats a step, and the ledger makes the repetition harmless. A panic is no end: `recovery` settles what it left.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -10,11 +10,12 @@ use futures_util::FutureExt;
 use tokio::sync::Notify;
 
 use crate::broker::Delivery;
-use crate::broker::wire::{self, WireLimits};
+use crate::broker::wire::{self, Refusal, WireLimits};
 use crate::clock::Clock;
+use crate::fault::{self, Place};
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
-use crate::model::ledger::{Claim, ClaimAnswer, Claimed, Gate, GateAnswer, HandOver, State};
+use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -24,13 +25,17 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
-use super::attempt::{self, Gatekeeper, Progress, Report, Shut};
+use super::attempt::{self, Progress, Report, Shut};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
+use super::debts::Debt;
 use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
+use super::quarantine::{Quarantine, Room, Turn};
 use super::route::{NoServer, Route, route};
 use super::settle::Desk;
+use super::trail::{Stage, Trail};
 
 /// A job whose configuration changes at every look is put aside after so many.
 const ROUTE_LOOKS: usize = 3;
@@ -38,6 +43,8 @@ const ROUTE_LOOKS: usize = 3;
 const HELD_WAIT_S: u32 = 5;
 /// For so long a vanished host's lock may look held: its session's keepalives end it after 14 s.
 const LOCK_OUTLIVES: Duration = Duration::from_secs(30);
+/// Wait of a job that must be alone while others do not come to an end, in seconds.
+const CROWDED_WAIT_S: u32 = 120;
 /// Wait of a job that the database refused to look at, in seconds.
 const REFUSED_WAIT_S: u32 = 30;
 
@@ -45,7 +52,7 @@ const REFUSED_WAIT_S: u32 = 30;
 /// threads.
 const HEAVY_BYTES: usize = 256 << 10;
 /// What is said of a panic.
-const OWN_FAULT: &str = "the worker had a fault of its own";
+pub(super) const OWN_FAULT: &str = "the worker had a fault of its own";
 
 /// The settings that a delivery's way depends on.
 #[derive(Debug, Clone)]
@@ -70,6 +77,8 @@ pub struct Worker {
     pub configs: ConfigCache,
     /// Who may start.
     pub dispatcher: Dispatcher,
+    /// Who may work at the same time.
+    pub quarantine: Quarantine,
     /// SMTP sessions.
     pub pool: Pool,
     /// Where outcomes are recorded and handed over.
@@ -89,11 +98,13 @@ pub struct Worker {
 }
 
 /// What is to be done with a delivery.
-enum TakeUp {
+enum TakeUp<'a> {
     /// Send it.
-    Work(Box<Claimed>, Route, Permit),
+    Work(Box<Claimed>, Route, Permit, Room<'a>),
     /// It is claimed, but will not be attempted.
-    GiveUp(Box<Claimed>, Reason, String),
+    GiveUp(Box<Claimed>, Reason, String, Room<'a>),
+    /// So many workers died with it: take a turn, and come again.
+    Suspect(u32),
     /// Another body came under this id.
     Conflict,
     /// Sent before, or a copy that nobody needs.
@@ -109,19 +120,41 @@ enum TakeUp {
 impl Worker {
     /// Brings one delivery to its end.
     pub async fn handle(&self, delivery: Delivery, lane: &ServedLane) {
-        let delivery = InHand::new(delivery, lane);
-        let body = &delivery.received().body;
-        let job = match heavily(body.len(), || wire::parse_job(body, &self.limits.wire)) {
-            Ok(job) => job,
-            Err(refusal) => return self.desk.refuse(delivery, refusal).await,
-        };
-        match self.take_up(&delivery, &job).await {
-            Ok(TakeUp::Work(claimed, route, permit)) => {
-                self.work(delivery, job, *claimed, route, permit).await
+        let trail = Trail::default();
+        let delivery = InHand::new(delivery, lane, &trail);
+        if AssertUnwindSafe(self.deliver(delivery)).catch_unwind().await.is_err() {
+            self.recover(lane, &trail).await;
+        }
+    }
+
+    async fn deliver(&self, delivery: InHand<'_>) {
+        let job = {
+            let _room = self.quarantine.shared().await;
+            fault::strike(Place::Parse, &delivery.received().body);
+            match self.read(&delivery) {
+                Ok(job) => job,
+                Err(refusal) => return self.desk.refuse(delivery, refusal).await,
             }
-            Ok(TakeUp::GiveUp(claimed, reason, detail)) => {
+        };
+        delivery.trail().is_job(&job.key);
+        let mut taken = self.take_up(&delivery, &job, None).await;
+        let turn = match taken {
+            Ok(TakeUp::Suspect(crashes)) => self.turn(crashes).await,
+            _ => None,
+        };
+        if turn.is_some() {
+            taken = self.take_up(&delivery, &job, turn.as_ref()).await;
+        }
+        match taken {
+            Ok(TakeUp::Work(claimed, route, permit, _room)) => {
+                let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
+                self.work(delivery, job, *claimed, route, permit, limit).await;
+            }
+            Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
+                claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
             }
+            Ok(TakeUp::Suspect(_)) => self.desk.put_aside(delivery, HELD_WAIT_S).await,
             Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
             Ok(TakeUp::Duplicate) => self.desk.duplicate(delivery, &job).await,
             Ok(TakeUp::Aside(delay_s)) => self.desk.put_aside(delivery, delay_s).await,
@@ -131,7 +164,22 @@ impl Worker {
         }
     }
 
-    async fn without_database(&self, delivery: InHand<'_>, job: &Job, error: &StoreError) {
+    /// `None` also when the worker stops meanwhile.
+    async fn turn(&self, crashes: u32) -> Option<Turn<'_>> {
+        tokio::select! {
+            biased;
+            () = self.shutdown.stop_taking() => None,
+            turn = self.quarantine.turn(crashes) => turn,
+        }
+    }
+
+    /// The body as a job.
+    pub(super) fn read(&self, delivery: &InHand<'_>) -> Result<Job, Refusal> {
+        let body = &delivery.received().body;
+        heavily(body.len(), || wire::parse_job(body, &self.limits.wire))
+    }
+
+    pub(super) async fn without_database(&self, delivery: InHand<'_>, job: &Job, error: &StoreError) {
         match error {
             StoreError::Unavailable(_) => {
                 self.database.lost(error);
@@ -150,7 +198,13 @@ impl Worker {
     }
 
     /// Route, admit, claim; again where the claim's answer shows that the route has changed meanwhile.
-    async fn take_up(&self, delivery: &InHand<'_>, job: &Job) -> Result<TakeUp, StoreError> {
+    async fn take_up<'a>(
+        &'a self,
+        delivery: &InHand<'_>,
+        job: &Job,
+        turn: Option<&Turn<'_>>,
+    ) -> Result<TakeUp<'a>, StoreError> {
+        fault::strike(Place::TakeUp, &delivery.received().body);
         for _ in 0..ROUTE_LOOKS {
             let routed = self.route(job).await?;
             let now = self.clock.now();
@@ -167,32 +221,39 @@ impl Worker {
                 },
                 _ => None,
             };
-            let claimed = match self.claim(delivery, job, &routed).await? {
+            let Some(room) = self.quarantine.room(turn).await else {
+                return Ok(TakeUp::Aside(CROWDED_WAIT_S));
+            };
+            let claimed = match self.claim(delivery, job, &routed, turn.is_some()).await? {
                 Ok(claimed) => claimed,
                 Err(other) => return Ok(other),
             };
+            delivery.trail().reach(Stage::Claimed(claimed.clone()));
+            fault::strike(Place::Claimed, &delivery.received().body);
             if let Some((reason, detail)) = self.reason_to_give_up(job, &claimed) {
-                return Ok(TakeUp::GiveUp(claimed, reason, detail));
+                return Ok(TakeUp::GiveUp(claimed, reason, detail, room));
             }
             let looked = match self.is_current(job, &claimed, routed.as_ref().ok()).await {
                 Ok(current) => current,
                 Err(error) => {
                     // Its claim would otherwise be held for as long as this worker lives.
-                    self.desk.release(job, &claimed).await;
+                    self.desk.release(delivery.trail(), &job.key, &claimed).await;
                     return Err(error);
                 }
             };
             if !looked {
-                self.desk.release(job, &claimed).await;
+                self.desk.release(delivery.trail(), &job.key, &claimed).await;
                 continue;
             }
             return Ok(match (routed, permit) {
-                (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit),
-                (Err(NoServer::Dead(reason)), _) => TakeUp::GiveUp(claimed, reason, missing_server(reason)),
+                (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit, room),
+                (Err(NoServer::Dead(reason)), _) => {
+                    TakeUp::GiveUp(claimed, reason, missing_server(reason), room)
+                }
                 // Only a job past its age comes as far as this without a permit.
                 (Ok(_), None) | (Err(NoServer::KeyMissing(_)), _) => {
                     let detail = format!("not sent within {} s", self.limits.retry.max_age.as_secs());
-                    TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail)
+                    TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail, room)
                 }
             });
         }
@@ -242,7 +303,8 @@ impl Worker {
         delivery: &InHand<'_>,
         job: &Job,
         routed: &Result<Route, NoServer>,
-    ) -> Result<Result<Box<Claimed>, TakeUp>, StoreError> {
+        suspects: bool,
+    ) -> Result<Result<Box<Claimed>, TakeUp<'static>>, StoreError> {
         let domain = routed.as_ref().ok().map(|route| route.account.from.email.domain());
         let claim = Claim {
             key: job.key.clone(),
@@ -250,6 +312,7 @@ impl Worker {
             turn: delivery.received().turn,
             revision: job.group.clone(),
             message_id: domain.map(|domain| message_id(job, domain)).unwrap_or_default(),
+            suspects,
         };
         Ok(Err(match self.ledger.claim(claim).await? {
             ClaimAnswer::Claimed(claimed) => return Ok(Ok(claimed)),
@@ -260,6 +323,7 @@ impl Worker {
                 self.incarnations.is_alive(owner).await?;
                 TakeUp::Aside(HELD_WAIT_S)
             }
+            ClaimAnswer::Suspect { crashes } => TakeUp::Suspect(crashes),
             ClaimAnswer::NotYet { wait } => TakeUp::Aside(self.limits.retry.schedule.queue_for_s(wait)),
             ClaimAnswer::Closed(hand_over) => TakeUp::Repeat(hand_over),
             ClaimAnswer::Stale(hand_over) => self.judge_stale(delivery, &job.key, hand_over).await?,
@@ -273,14 +337,17 @@ impl Worker {
         delivery: &InHand<'_>,
         key: &JobKey,
         hand_over: HandOver,
-    ) -> Result<TakeUp, StoreError> {
+    ) -> Result<TakeUp<'static>, StoreError> {
         if hand_over.taken_up {
             return Ok(TakeUp::Duplicate);
         }
         if self.incarnations.current() == Some(hand_over.owner) {
             // What this worker still owes it may yet be stopped from giving: then this copy is the only one.
-            let owed = self.desk.debts.stands(key, hand_over.turn);
-            return Ok(if owed { TakeUp::Aside(HELD_WAIT_S) } else { TakeUp::Duplicate });
+            return Ok(match self.desk.debts.standing(key, hand_over.turn) {
+                Some(Debt::Owed) => TakeUp::Aside(HELD_WAIT_S),
+                Some(Debt::Abandoned) => TakeUp::Repeat(hand_over),
+                None => TakeUp::Duplicate,
+            });
         }
         Ok(match self.incarnations.is_alive(hand_over.owner).await? {
             // It may still owe the current copy, and die of it: this one waits until that one is taken up.
@@ -297,8 +364,8 @@ impl Worker {
     }
 
     /// Why a claimed job is not to be attempted at all.
-    fn reason_to_give_up(&self, job: &Job, claimed: &Claimed) -> Option<(Reason, String)> {
-        if let OrphanDisposition::Dead(reason) = policy::decide_orphan(claimed, job.on_unknown) {
+    pub(super) fn reason_to_give_up(&self, job: &Job, claimed: &Claimed) -> Option<(Reason, String)> {
+        if let OrphanDisposition::Dead { reason, .. } = policy::decide_orphan(claimed, job.on_unknown) {
             let detail = format!("{} workers died with this job in hand", claimed.crashes);
             return Some((reason, detail));
         }
@@ -317,24 +384,24 @@ impl Worker {
         mut claimed: Claimed,
         route: Route,
         permit: Permit,
+        limit: Duration,
     ) {
-        if let OrphanDisposition::Continue { unknowns } = policy::decide_orphan(&claimed, job.on_unknown) {
-            claimed.unknowns = unknowns;
-        }
-        if claimed.attempts == 0 || claimed.message_id.is_empty() {
+        claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
+        // The first attempt's From makes it; the attempt of a worker that died may have been that.
+        let untried = claimed.attempts == 0 && claimed.crashes == 0 && claimed.replayed_at.is_none();
+        if untried || claimed.message_id.is_empty() {
             claimed.message_id = message_id(&job, route.account.from.email.domain());
         }
+        let progress = Arc::new(Progress::new(recipients(&job, &claimed)));
+        let stage = Stage::Sending(Box::new(claimed.clone()), route.destination.clone(), progress.clone());
+        delivery.trail().reach(stage);
+        fault::strike(Place::Compose, &delivery.received().body);
         let max_bytes = self.limits.wire.max_message_bytes;
-        let composing =
-            || compose::compose(&job, &route.account.from, &claimed.message_id, claimed.first_at, max_bytes);
+        // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
+        let date = claimed.counted_from();
+        let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
-        let composed = std::panic::catch_unwind(AssertUnwindSafe(|| heavily(bytes, composing)));
-        let Ok(composed) = composed else {
-            drop(permit);
-            let report = Progress::new(recipients(&job, &claimed)).cut(Reason::Internal, OWN_FAULT);
-            return self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
-        };
-        let message = match composed {
+        let message = match heavily(bytes, composing) {
             Ok(message) => message,
             Err(error) => {
                 drop(permit);
@@ -343,24 +410,31 @@ impl Worker {
         };
         // They are in the message now, and an attempt can take minutes.
         job.attachments.clear();
-        let report = self.attempt(&job, &claimed, &route, &message).await;
+        let sending = async {
+            fault::strike(Place::Attempt, &delivery.received().body);
+            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed };
+            let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate).await;
+            fault::strike(Place::Answered, &delivery.received().body);
+            report
+        };
+        let report = self.bounded(sending, &progress, limit).await;
+        delivery.trail().report(&report);
         drop(message);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
         self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
     }
 
-    /// Runs the attempt within its bounds: its time, a panic, and the second stage of a stop.
-    async fn attempt(&self, job: &Job, claimed: &Claimed, route: &Route, message: &[u8]) -> Report {
-        let progress = Progress::new(recipients(job, claimed));
-        let gate = Gatekeeping { worker: self, job, claimed };
-        let sending = attempt::send(&self.pool, route, job, message, &progress, &gate);
+    /// Runs the attempt within its bounds: its time, and the second stage of a stop.
+    async fn bounded(
+        &self,
+        sending: impl Future<Output = Report>,
+        progress: &Progress,
+        limit: Duration,
+    ) -> Report {
         let (reason, detail, stopped) = tokio::select! {
-            report = AssertUnwindSafe(sending).catch_unwind() => match report {
-                Ok(report) => return report,
-                Err(_) => (Reason::Internal, OWN_FAULT, false),
-            },
-            () = tokio::time::sleep(self.limits.attempt_timeout) => {
+            report = sending => return report,
+            () = tokio::time::sleep(limit) => {
                 (Reason::Timeout, "the attempt took too long as a whole", false)
             }
             () = self.shutdown.stop_now() => (Reason::Internal, "the worker was stopped", true),
@@ -373,47 +447,8 @@ impl Worker {
     }
 }
 
-/// The last look before DATA, for one claim.
-struct Gatekeeping<'a> {
-    worker: &'a Worker,
-    job: &'a Job,
-    claimed: &'a Claimed,
-}
-
-impl Gatekeeper for Gatekeeping<'_> {
-    async fn pass(&self) -> Result<(), Shut> {
-        let Self { worker, job, claimed } = self;
-        if worker.incarnations.current() != Some(claimed.owner) {
-            return Err(Shut::Halted);
-        }
-        if job.is_expired(worker.clock.now()) {
-            return Err(Shut::Expired);
-        }
-        let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
-        if !commit && job.group.is_none() {
-            return Ok(());
-        }
-        let gate = Gate {
-            key: job.key.clone(),
-            owner: claimed.owner,
-            turn: claimed.turn,
-            commit,
-            revision: job.group.clone(),
-        };
-        match worker.ledger.before_data(gate).await {
-            Ok(GateAnswer::Open) => Ok(()),
-            Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
-            Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
-            Err(error) => {
-                worker.database.lost(&error);
-                Err(Shut::Halted)
-            }
-        }
-    }
-}
-
 /// Does work that takes its time with so many bytes.
-fn heavily<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
+pub(super) fn heavily<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
     if bytes < HEAVY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 

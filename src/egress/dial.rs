@@ -173,7 +173,8 @@ mod tests {
         let started = tokio::time::Instant::now();
         let (_stream, connected) = dial(&approved(&many), LIMIT).await.expect("a connection");
         assert_eq!(connected, listening);
-        assert!(started.elapsed() < STAGGER * 4, "{:?}", started.elapsed());
+        // Seven times the stagger, had it been waited for each time.
+        assert!(started.elapsed() < STAGGER * 6, "{:?}", started.elapsed());
     }
 
     #[tokio::test]

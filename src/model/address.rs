@@ -159,7 +159,11 @@ pub fn mask_addresses(text: &str) -> String {
     let mut masked = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find('@') {
-        let start = rest[..at].char_indices().rev().take_while(|(_, c)| is_word(*c)).last();
+        let before = &rest[..at];
+        let start = match before.strip_suffix('"').and_then(|quoted| quoted.rfind('"')) {
+            Some(quote) if at - quote <= LOCAL_PART_MAX => Some((quote, '"')),
+            _ => before.char_indices().rev().take_while(|(_, c)| is_word(*c)).last(),
+        };
         let Some((start, first)) = start else {
             masked.push_str(&rest[..=at]);
             rest = &rest[at + 1..];
@@ -277,5 +281,6 @@ mod tests {
             mask_addresses("550 <ann@example.org>: no such user (bob@x.y), @ alone"),
             "550 <a…@example.org>: no such user (b…@x.y), @ alone"
         );
+        assert_eq!(mask_addresses("to \"ann lee\"@example.org or \"@ann"), "to \"…@example.org or \"@ann");
     }
 }

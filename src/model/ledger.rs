@@ -80,6 +80,8 @@ pub struct Claim {
     pub revision: Option<Revision>,
     /// Message-ID to keep, unless one is kept already.
     pub message_id: String,
+    /// The worker has a turn for a job that died with another worker; without it such a job is not granted.
+    pub suspects: bool,
 }
 
 /// What the ledger answers to a claim.
@@ -95,6 +97,11 @@ pub enum ClaimAnswer {
     Held {
         /// The claim's owner.
         owner: Incarnation,
+    },
+    /// It was in the hands of so many workers that died: the worker is to take a turn for it, and claim again.
+    Suspect {
+        /// Counting the one whose claim this would take over.
+        crashes: u32,
     },
     /// The current copy, before its time.
     NotYet {
@@ -127,6 +134,8 @@ pub struct HandOver {
     pub attempts: u32,
     /// When the job was first seen.
     pub first_at: OffsetDateTime,
+    /// When it was last replayed.
+    pub replayed_at: Option<OffsetDateTime>,
     /// How long ago it was recorded. A worker that vanished is noticed only after some seconds, so "its recorder lives"
     /// is no proof of anything while this is short.
     pub age: Duration,
@@ -143,8 +152,12 @@ pub struct Claimed {
     pub turn: Turn,
     /// Attempts made before.
     pub attempts: u32,
+    /// Those of them that were made before the last replay.
+    pub spared: u32,
     /// When it was first seen.
     pub first_at: OffsetDateTime,
+    /// When it was last replayed: its age and its retries count from there.
+    pub replayed_at: Option<OffsetDateTime>,
     /// The database's time of the claim.
     pub now: OffsetDateTime,
     /// The Message-ID to use, with angle brackets.
@@ -167,6 +180,20 @@ pub struct Claimed {
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
     pub config_version: Option<i64>,
+}
+
+impl Claimed {
+    /// From when its age counts, and what its message gives as its date.
+    pub fn counted_from(&self) -> OffsetDateTime {
+        self.replayed_at.unwrap_or(self.first_at)
+    }
+}
+
+impl HandOver {
+    /// From when the age of its copy counts. A dead letter tells of the whole story.
+    pub fn counted_from(&self) -> OffsetDateTime {
+        self.replayed_at.filter(|_| self.state == State::Deferred).unwrap_or(self.first_at)
+    }
 }
 
 /// What is known of the claim of a worker that died.

@@ -17,7 +17,9 @@ use super::schedule::Schedule;
 /// A used-up quota is renewed by the day; asking sooner than this only prolongs the block.
 const QUOTA_WAIT: Duration = Duration::from_secs(3600);
 /// So many claims by workers that died make a job suspect of killing them.
-const CRASH_LIMIT: u32 = 3;
+pub const CRASH_LIMIT: u32 = 3;
+/// So many panics over a job end it.
+pub const FAULT_LIMIT: u32 = 3;
 
 /// What a failed attempt means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,12 +85,12 @@ pub struct Assessment {
 /// How far a job has come, as far as the decision needs it.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
-    /// Attempts made, the failed one included.
+    /// Attempts made since the job was published or last replayed, the failed one included.
     pub attempts: u32,
     /// Unknown outcomes before this attempt.
     pub unknowns: u32,
-    /// When the job was first seen.
-    pub first_at: OffsetDateTime,
+    /// When the job was first seen, or last replayed.
+    pub counted_from: OffsetDateTime,
     /// Nothing is sent past this time.
     pub expires_at: Option<OffsetDateTime>,
     /// The publisher's wish.
@@ -102,7 +104,7 @@ pub struct Progress {
 pub struct RetryLimits {
     /// The waits.
     pub schedule: Schedule,
-    /// No job is retried longer than this after it was first seen.
+    /// No job is retried longer than this after it was first seen, or last replayed.
     pub max_age: Duration,
 }
 
@@ -134,7 +136,21 @@ pub enum OrphanDisposition {
         unknowns: u32,
     },
     /// A dead letter.
-    Dead(Reason),
+    Dead {
+        /// Its reason.
+        reason: Reason,
+        /// Including the dead worker's.
+        unknowns: u32,
+    },
+}
+
+impl OrphanDisposition {
+    /// Unknown outcomes of the job, the dead worker's included where it was one.
+    pub fn unknowns(self) -> u32 {
+        match self {
+            Self::Continue { unknowns } | Self::Dead { unknowns, .. } => unknowns,
+        }
+    }
 }
 
 /// Whether the next AUTH mechanism may be tried after this reply. A refused password (535) must not be tried twice:
@@ -154,15 +170,18 @@ pub fn decide_orphan(claimed: &Claimed, on_unknown: OnUnknown) -> OrphanDisposit
     let Some(orphan) = claimed.orphan else {
         return OrphanDisposition::Continue { unknowns: claimed.unknowns };
     };
-    let marked = marks_commit(on_unknown, claimed.unknowns);
     // Who wrote the mark had to: the unknown outcome before it, a dead worker's, may never have been recorded.
     if orphan.committing {
-        return OrphanDisposition::Dead(Reason::UnknownOutcome);
+        let unknowns = claimed.unknowns + 1;
+        return OrphanDisposition::Dead { reason: Reason::UnknownOutcome, unknowns };
     }
+    let marked = marks_commit(on_unknown, claimed.unknowns);
+    // Without the duty to mark it, nobody knows whether the final dot had left.
+    let unknowns = if marked { claimed.unknowns } else { claimed.unknowns + 1 };
     if claimed.crashes >= CRASH_LIMIT {
-        return OrphanDisposition::Dead(Reason::CrashLoop);
+        return OrphanDisposition::Dead { reason: Reason::CrashLoop, unknowns };
     }
-    OrphanDisposition::Continue { unknowns: if marked { claimed.unknowns } else { claimed.unknowns + 1 } }
+    OrphanDisposition::Continue { unknowns }
 }
 
 /// What a failure of a whole attempt means.
@@ -414,7 +433,7 @@ fn retry(
         return exhausted;
     };
     let wait = Duration::from_secs(u64::from(wait_s)).max(at_least.unwrap_or_default());
-    if now + wait > progress.first_at + limits.max_age {
+    if now + wait > progress.counted_from + limits.max_age {
         return exhausted;
     }
     match progress.expires_at {

@@ -253,7 +253,7 @@ fn progress(attempts: u32) -> Progress {
     Progress {
         attempts,
         unknowns: 0,
-        first_at: NOW,
+        counted_from: NOW,
         expires_at: None,
         on_unknown: OnUnknown::Resend,
         platform: false,
@@ -311,7 +311,9 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         owner: Incarnation(2),
         turn: Turn(0),
         attempts: 0,
+        spared: 0,
         first_at: NOW,
+        replayed_at: None,
         now: NOW,
         message_id: format!("<{}@b.c>", JobKey { organization: None, id: uuid::Uuid::nil() }.id),
         pending: None,
@@ -333,11 +335,9 @@ fn a_dead_workers_claim_is_unknown_unless_its_mark_says_otherwise() {
         decide_orphan(&orphan(crashes, unknowns, committing), on_unknown)
     };
     assert_eq!(decided(1, 0, false, OnUnknown::Resend), Continue { unknowns: 1 });
-    assert_eq!(
-        decided(2, 1, true, OnUnknown::Resend),
-        Dead(Reason::UnknownOutcome),
-        "a second unknown outcome"
-    );
+    let dead = |reason, unknowns| Dead { reason, unknowns };
+    let unknown = |unknowns| dead(Reason::UnknownOutcome, unknowns);
+    assert_eq!(decided(2, 1, true, OnUnknown::Resend), unknown(2), "a second unknown outcome");
     assert_eq!(
         decided(2, 1, false, OnUnknown::Resend),
         Continue { unknowns: 1 },
@@ -345,13 +345,18 @@ fn a_dead_workers_claim_is_unknown_unless_its_mark_says_otherwise() {
     );
     assert_eq!(
         decided(2, 0, true, OnUnknown::Resend),
-        Dead(Reason::UnknownOutcome),
+        unknown(1),
         "the worker that marked it had counted its predecessor's unknown outcome, and died before recording it"
     );
-    assert_eq!(decided(3, 1, false, OnUnknown::Resend), Dead(Reason::CrashLoop));
-    assert_eq!(decided(1, 0, true, OnUnknown::Hold), Dead(Reason::UnknownOutcome));
+    assert_eq!(decided(3, 1, false, OnUnknown::Resend), dead(Reason::CrashLoop, 1));
+    assert_eq!(
+        decided(3, 0, false, OnUnknown::Resend),
+        dead(Reason::CrashLoop, 1),
+        "the first of them left no mark, and may have come to its final dot"
+    );
+    assert_eq!(decided(1, 0, true, OnUnknown::Hold), unknown(1));
     assert_eq!(decided(1, 0, false, OnUnknown::Hold), Continue { unknowns: 0 });
-    assert_eq!(decided(3, 0, false, OnUnknown::Hold), Dead(Reason::CrashLoop));
+    assert_eq!(decided(3, 0, false, OnUnknown::Hold), dead(Reason::CrashLoop, 0));
     let living = Claimed { orphan: None, ..orphan(0, 0, false) };
     assert_eq!(decide_orphan(&living, OnUnknown::Hold), Continue { unknowns: 0 });
 }

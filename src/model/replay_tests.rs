@@ -1,3 +1,5 @@
+//! What may be replayed, and with which recipients.
+
 use time::macros::datetime;
 use uuid::Uuid;
 

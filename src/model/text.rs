@@ -12,6 +12,12 @@ fn is_break(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
+/// Whether a character can do harm where text is shown: it ends a line, commands a terminal, or reorders what stands
+/// around it.
+pub fn is_harmful(c: char) -> bool {
+    is_break(c) || is_bidi_control(c)
+}
+
 /// Text for a header's value: each run of control characters becomes one space, bidirectional controls are
 /// dropped, and both ends are trimmed.
 pub fn single_line(text: &str) -> String {
@@ -33,7 +39,7 @@ pub fn single_line(text: &str) -> String {
 
 /// Whether the text holds a character that is never allowed in an address, a host, a user name or a password.
 pub fn has_forbidden_control(text: &str) -> bool {
-    text.chars().any(|c| is_break(c) || is_bidi_control(c))
+    text.chars().any(is_harmful)
 }
 
 /// Cuts a text to at most `max` bytes at a character's boundary, with an ellipsis where something was cut.

@@ -1,6 +1,6 @@
 //! A sealed value: its bytes, and what it is bound to.
-//! Guarantee: format version, key id, organization and field are authenticated, each with its length, so that no two
-//! different contexts have the same associated data.
+//! Guarantee: purpose, format version, key id, owner and field are authenticated, so that no two different contexts have
+//! the same associated data: no purpose begins another, and what follows it comes with its length.
 //!
 //! Bytes of format 1: `1`, length of the key id, key id, 12 bytes of nonce, ciphertext, 16 bytes of tag.
 
@@ -9,6 +9,7 @@ use aes_gcm::aead::{AeadInOut, Generate};
 use aes_gcm::{Nonce, Tag};
 use secrecy::zeroize::Zeroize;
 use secrecy::{ExposeSecret, SecretString};
+use uuid::Uuid;
 
 use super::key_ring::{KeyRing, is_key_id};
 use crate::model::organization::OrganizationId;
@@ -17,8 +18,9 @@ const FORMAT: u8 = 1;
 /// 96 bits, random (NIST SP 800-38D section 8.2.2): safe for 2^32 values under one key.
 const NONCE_BYTES: usize = 12;
 const TAG_BYTES: usize = 16;
-/// First in the associated data: what is authenticated here means nothing elsewhere, even under the same key.
-const PURPOSE: &[u8] = b"sendoff/smtp-credential";
+/// First in the associated data: what is sealed for one purpose does not open for another, even under the same key.
+const CREDENTIAL: &[u8] = b"sendoff/smtp-credential";
+const LETTER: &[u8] = b"sendoff/dead-letter";
 
 /// Which secret of an organization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +40,41 @@ impl Field {
     }
 }
 
+/// Which part of a dead letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LetterField {
+    /// The publisher's bytes.
+    Body,
+    /// The publisher's properties.
+    Properties,
+}
+
+impl LetterField {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Body => "body",
+            Self::Properties => "properties",
+        }
+    }
+}
+
 /// What a sealed value belongs to; it opens nowhere else.
 #[derive(Debug, Clone, Copy)]
-pub struct Context<'a> {
-    /// Whose.
-    pub organization: &'a OrganizationId,
-    /// Which column.
-    pub field: Field,
+pub enum Context<'a> {
+    /// An SMTP credential.
+    Credential {
+        /// Whose.
+        organization: &'a OrganizationId,
+        /// Which column.
+        field: Field,
+    },
+    /// Content of a dead letter.
+    Letter {
+        /// The archive's name of the letter.
+        letter: Uuid,
+        /// Which column.
+        field: LetterField,
+    },
 }
 
 /// Why a value does not open.
@@ -56,7 +86,7 @@ pub enum OpenError {
         /// The key's id.
         id: String,
     },
-    /// Changed, moved from another organization or field, or sealed under another key of the same id.
+    /// Changed, moved from another owner or field, or sealed under another key of the same id.
     #[error("does not open: changed, moved from elsewhere, or sealed under another key of this id")]
     Tampered,
     /// Not a sealed value of a known format.
@@ -72,15 +102,20 @@ struct Parts<'a> {
 }
 
 impl KeyRing {
-    /// Seals a value under the first key, with a nonce from the system's random source.
+    /// Seals a secret under the first key, with a nonce from the system's random source.
     pub fn seal(&self, context: Context<'_>, plaintext: &SecretString) -> Vec<u8> {
+        self.seal_bytes(context, plaintext.expose_secret().as_bytes())
+    }
+
+    /// The same for any bytes. It takes about a millisecond for each MiB, so large ones do not belong on an async thread.
+    pub fn seal_bytes(&self, context: Context<'_>, plaintext: &[u8]) -> Vec<u8> {
         let key = self.sealing_key();
         let nonce = Nonce::try_generate().expect("the system's random source works once it has booted");
         let mut sealed = header(&key.id);
         sealed.extend_from_slice(&nonce);
         let start = sealed.len();
-        sealed.reserve_exact(plaintext.expose_secret().len() + TAG_BYTES);
-        sealed.extend_from_slice(plaintext.expose_secret().as_bytes());
+        sealed.reserve_exact(plaintext.len() + TAG_BYTES);
+        sealed.extend_from_slice(plaintext);
         let tag = key
             .cipher
             .encrypt_inout_detached(&nonce, &associated_data(&key.id, context), (&mut sealed[start..]).into())
@@ -89,11 +124,25 @@ impl KeyRing {
         sealed
     }
 
-    /// Opens a value, as the field of the organization that the context names.
+    /// Opens a secret, as the field that the context names.
     ///
     /// # Errors
     /// [`OpenError`]: a missing key is told apart from a value that is wrong.
     pub fn open(&self, context: Context<'_>, sealed: &[u8]) -> Result<SecretString, OpenError> {
+        match String::from_utf8(self.open_bytes(context, sealed)?) {
+            Ok(plaintext) => Ok(plaintext.into()),
+            Err(error) => {
+                error.into_bytes().zeroize();
+                Err(OpenError::Format)
+            }
+        }
+    }
+
+    /// The same for any bytes.
+    ///
+    /// # Errors
+    /// Those of [`KeyRing::open`], but any content will do.
+    pub fn open_bytes(&self, context: Context<'_>, sealed: &[u8]) -> Result<Vec<u8>, OpenError> {
         let parts = Parts::split(sealed).ok_or(OpenError::Format)?;
         let key =
             self.find(parts.key_id).ok_or_else(|| OpenError::UnknownKey { id: parts.key_id.to_owned() })?;
@@ -106,13 +155,7 @@ impl KeyRing {
                 &Tag::from(parts.tag),
             )
             .map_err(|_| OpenError::Tampered)?;
-        match String::from_utf8(buffer) {
-            Ok(plaintext) => Ok(plaintext.into()),
-            Err(error) => {
-                error.into_bytes().zeroize();
-                Err(OpenError::Format)
-            }
-        }
+        Ok(buffer)
     }
 }
 
@@ -129,22 +172,27 @@ impl<'a> Parts<'a> {
 
 fn header(key_id: &str) -> Vec<u8> {
     let mut bytes = vec![FORMAT];
-    push_with_length(&mut bytes, key_id);
+    push_with_length(&mut bytes, key_id.as_bytes());
     bytes
 }
 
 fn associated_data(key_id: &str, context: Context<'_>) -> Vec<u8> {
-    let mut data = PURPOSE.to_vec();
+    let (purpose, owner, field) = match &context {
+        Context::Credential { organization, field } => {
+            (CREDENTIAL, organization.as_str().as_bytes(), field.as_str())
+        }
+        Context::Letter { letter, field } => (LETTER, &letter.as_bytes()[..], field.as_str()),
+    };
+    let mut data = purpose.to_vec();
     data.extend_from_slice(&header(key_id));
-    push_with_length(&mut data, context.organization.as_str());
-    push_with_length(&mut data, context.field.as_str());
+    push_with_length(&mut data, owner);
+    push_with_length(&mut data, field.as_bytes());
     data
 }
 
-fn push_with_length(bytes: &mut Vec<u8>, text: &str) {
-    bytes
-        .push(u8::try_from(text.len()).expect("key ids, organizations and fields are at most 64 bytes long"));
-    bytes.extend_from_slice(text.as_bytes());
+fn push_with_length(bytes: &mut Vec<u8>, text: &[u8]) {
+    bytes.push(u8::try_from(text.len()).expect("key ids, owners and fields are at most 64 bytes long"));
+    bytes.extend_from_slice(text);
 }
 
 #[cfg(test)]
@@ -163,7 +211,7 @@ mod tests {
     }
 
     fn password(organization: &OrganizationId) -> Context<'_> {
-        Context { organization, field: Field::Password }
+        Context::Credential { organization, field: Field::Password }
     }
 
     #[test]
@@ -190,7 +238,7 @@ mod tests {
         let (ring, acme, other) = (ring(&["a"]), organization("acme"), organization("acm"));
         let sealed = ring.seal(password(&acme), &SECRET.into());
         assert_eq!(ring.open(password(&other), &sealed).unwrap_err(), OpenError::Tampered);
-        let username = Context { organization: &acme, field: Field::Username };
+        let username = Context::Credential { organization: &acme, field: Field::Username };
         assert_eq!(ring.open(username, &sealed).unwrap_err(), OpenError::Tampered);
     }
 
@@ -237,6 +285,43 @@ mod tests {
         assert_eq!(after.open(password(&acme), &sealed).unwrap().expose_secret(), SECRET);
         let missing = before.open(password(&acme), &after.seal(password(&acme), &SECRET.into())).unwrap_err();
         assert_eq!(missing, OpenError::UnknownKey { id: "new".into() });
+    }
+
+    #[test]
+    fn a_credential_that_an_earlier_version_sealed_still_opens() {
+        const KEY: &str = "k1:AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+        const SEALED: &str = "01026b31000102030405060708090a0bd3d3fb52458c34cbdfe01655c06dfd671c4bf0a94168f8";
+        let ring = KeyRing::parse(&[KEY.into()]).unwrap();
+        let bytes: Vec<u8> = (0..SEALED.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&SEALED[at..at + 2], 16).unwrap())
+            .collect();
+        assert_eq!(ring.open(password(&organization("acme")), &bytes).unwrap().expose_secret(), "hunter2");
+    }
+
+    #[test]
+    fn a_letters_content_opens_only_as_the_same_field_of_the_same_letter() {
+        let ring = ring(&["a"]);
+        let context = |letter, field| Context::Letter { letter: Uuid::from_u128(letter), field };
+        let awkward: [&[u8]; 3] = [b"", b"\0\xff{\0", &[0xfe; 70_000]];
+        for plaintext in awkward {
+            let sealed = ring.seal_bytes(context(1, LetterField::Body), plaintext);
+            assert_eq!(ring.open_bytes(context(1, LetterField::Body), &sealed).unwrap(), plaintext);
+            for elsewhere in [context(2, LetterField::Body), context(1, LetterField::Properties)] {
+                assert_eq!(ring.open_bytes(elsewhere, &sealed).unwrap_err(), OpenError::Tampered);
+            }
+        }
+    }
+
+    #[test]
+    fn a_letters_content_and_a_credential_do_not_open_as_each_other() {
+        let (ring, letter) = (ring(&["a"]), Uuid::from_bytes(*b"sixteen-bytes-ok"));
+        let acme = organization("sixteen-bytes-ok");
+        let body = Context::Letter { letter, field: LetterField::Body };
+        let sealed = ring.seal_bytes(body, b"secret");
+        assert_eq!(ring.open_bytes(password(&acme), &sealed).unwrap_err(), OpenError::Tampered);
+        let sealed = ring.seal(password(&acme), &SECRET.into());
+        assert_eq!(ring.open_bytes(body, &sealed).unwrap_err(), OpenError::Tampered);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! PostgreSQL: the ledger, the configurations, the audit log. The only folder that knows sqlx.
+//! PostgreSQL: the ledger, the archive of dead letters, the configurations, the audit log. The only folder that knows sqlx.
 //! Guarantee: no type of the driver leaves this folder.
 
 mod audit;
@@ -7,6 +7,7 @@ mod bindings;
 mod change;
 mod config_cache;
 mod config_changes;
+mod dead_letters;
 mod features;
 mod incarnation;
 mod ledger;
@@ -22,11 +23,15 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Executor, PgConnection};
 
-pub use audit::AuditEntry;
+pub use audit::{AuditEntry, OpenEntry};
 pub use bindings::LaneBinding;
 pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
+pub use dead_letters::{
+    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, Place,
+    ReplayCopy, Taken, Taking, Unopened,
+};
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
 pub use sealed_keys::SealedReport;
@@ -283,6 +288,7 @@ fn is_away(code: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::letter::{LetterFilter, LetterId};
 
     #[test]
     fn the_servers_condition_is_told_from_a_refused_statement() {
@@ -322,6 +328,18 @@ mod tests {
         spawned(|store| async move { store.lane_bindings("p").await });
         spawned(|store| async move { store.replace_lane_bindings("p", &[]).await });
         spawned(|store| async move { store.job_status_anywhere(uuid::Uuid::nil()).await });
+        spawned(|store| async move { store.letters(&LetterFilter::default(), None, 1).await });
+        spawned(|store| async move { store.letters_of(uuid::Uuid::nil(), None).await });
+        spawned(|store| async move { store.letter_stats(&LetterFilter::default()).await });
+        spawned(|store| async move { store.dead_letter_counts().await });
+        spawned(|store| async move { store.letter_keys().await });
+        spawned(|store| async move { store.forget_letters(STATEMENT_BOUND).await });
+        let archive = |store| {
+            let keys = crate::secrets::KeyRing::generate("a").expect("an id");
+            DeadLetters::new(store, crate::secrets::KeyRing::parse(&[keys]).expect("a key").into())
+        };
+        spawned(move |store| async move { archive(store).archive(&[]).await });
+        spawned(move |store| async move { archive(store).open(LetterId(uuid::Uuid::nil())).await });
         spawned(|store| async move { Sweeper::new(store).sweep(STATEMENT_BOUND).await });
     }
 }

@@ -71,7 +71,7 @@ impl SealedReport {
 fn opens(keys: &KeyRing, organization: &str, username: &[u8], password: &[u8]) -> Result<(), OpenError> {
     let organization = &OrganizationId::parse(organization).map_err(|_| OpenError::Format)?;
     for (field, sealed) in [(Field::Username, username), (Field::Password, password)] {
-        drop(keys.open(Context { organization, field }, sealed)?);
+        drop(keys.open(Context::Credential { organization, field }, sealed)?);
     }
     Ok(())
 }

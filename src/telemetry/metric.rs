@@ -26,6 +26,7 @@ const BROKER_CONNECTED: &str = "sendoff_broker_connected";
 const DATABASE_UP: &str = "sendoff_database_up";
 const SETTLES_MISSED: &str = "sendoff_settles_missed_total";
 const DELIVERIES_DROPPED: &str = "sendoff_deliveries_dropped_total";
+const PANICS: &str = "sendoff_panics_total";
 const BUILD_INFO: &str = "sendoff_build_info";
 
 /// From published to sent, in seconds: a retry schedule reaches into hours.
@@ -143,6 +144,7 @@ fn describe() {
     describe_gauge!(DATABASE_UP, "1 while PostgreSQL answers");
     describe_counter!(SETTLES_MISSED, "Outcomes not recorded because another worker had taken the job over");
     describe_counter!(DELIVERIES_DROPPED, "Deliveries dropped unsettled, which went back to their queue");
+    describe_counter!(PANICS, "Panics, each a defect; what it happened over was settled all the same");
     describe_gauge!(BUILD_INFO, "1, with the running version");
 }
 
@@ -309,6 +311,11 @@ pub fn settle_missed() {
 /// A delivery was dropped unsettled, by a panic say, and went back to its queue.
 pub fn delivery_dropped() {
     counter!(DELIVERIES_DROPPED).increment(1);
+}
+
+/// Something panicked.
+pub(super) fn panicked() {
+    counter!(PANICS).increment(1);
 }
 
 /// Whether RabbitMQ is connected.

@@ -4,6 +4,7 @@
 
 mod logs;
 mod metric;
+mod panics;
 
 pub use logs::{COMMAND_FILTER, InvalidFilter, WORKER_FILTER, start_logs};
 pub use metric::{
@@ -11,3 +12,4 @@ pub use metric::{
     connections, control_command, database_up, dead_letters, delivery_dropped, dispatch, egress_refused,
     lane, ledger_batch, organizations_parked, phase, settle_missed,
 };
+pub use panics::report_panics;

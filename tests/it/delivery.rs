@@ -150,7 +150,7 @@ async fn the_sender_is_the_organizations_while_reply_to_stays_and_bcc_is_seen_by
 #[tokio::test]
 async fn every_attempt_carries_the_same_message_id_even_under_another_sender() {
     let mut world = World::new().await;
-    world.set("SENDOFF__RETRY__SCHEDULE_S", "5");
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
     let worker = world.worker().await;
     world.organization("acme").await;
     world.server.rule(Rule::new(Stage::FinalDot, Action::AcceptThenClose).once());
@@ -158,6 +158,7 @@ async fn every_attempt_carries_the_same_message_id_even_under_another_sender() {
     assert_eq!(world.event("email.deferred", id).await["reason"], "unknown_outcome");
     let change = json!({"from_email": "hello@acme-hotels.example"});
     world.commanded("smtp_config.update", "acme", change).await;
+    world.retry_now(120, id).await;
     let sent = world.event("email.sent", id).await;
     assert_eq!(sent["message_id"], format!("<{id}@acme.example>"));
     let messages = world.server.messages();

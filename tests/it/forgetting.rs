@@ -212,7 +212,14 @@ async fn a_settle_changes_no_index() {
         let key =
             JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(number) };
         let message_id = format!("<{number}@example.org>");
-        let claim = Claim { key: key.clone(), body_hash: [7; 32], turn: Turn(0), revision: None, message_id };
+        let claim = Claim {
+            key: key.clone(),
+            body_hash: [7; 32],
+            turn: Turn(0),
+            revision: None,
+            message_id,
+            suspects: false,
+        };
         let ClaimAnswer::Claimed(claimed) = ledger.claim(claim).await.unwrap() else {
             panic!("a new job is granted");
         };

@@ -87,7 +87,7 @@ fn is_clean(copy: &Message, extra: &[&str]) {
 #[tokio::test]
 async fn a_job_with_hostile_properties_is_retried_and_buried_like_any_other_in_clean_copies() {
     let mut world = World::new().await;
-    world.set("SENDOFF__RETRY__SCHEDULE_S", "5");
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
     let worker = world.worker().await;
     let greylisted = Rule::new(Stage::Rcpt, Action::reply("451 4.7.1 greylisted"));
     world.platform.rule(greylisted.of("later@customer.example").once());
@@ -99,17 +99,18 @@ async fn a_job_with_hostile_properties_is_retried_and_buried_like_any_other_in_c
     never["to"] = json!(["never@customer.example"]);
 
     let id = world.publish_with(&later, hostile_properties()).await;
-    let queue = world.broker.name("retry.notifications.5");
+    let queue = world.broker.name("retry.notifications.120");
     let copy = world.broker.take(&queue).await;
     is_clean(&copy, &[]);
     assert_eq!(copy.body, serde_json::to_vec(&later).expect("JSON"));
     world.broker.publish("", &queue, &copy.body, copy.properties.clone()).await;
+    world.retry_now(120, id).await;
     world.event("email.sent", id).await;
     assert_eq!(world.state(None, id, State::Sent).await.attempts, 2);
 
     let id = world.publish_with(&never, hostile_properties()).await;
     assert_eq!(world.event("email.dead", id).await["reason"], "recipients_refused");
-    let letter = world.broker.take(&world.broker.name("dead")).await;
+    let letter = world.broker.take(&world.broker.tap()).await;
     is_clean(&letter, &["sendoff-detail", "sendoff-died-at", "sendoff-reason"]);
     assert_eq!(letter.text("sendoff-reason").as_deref(), Some("recipients_refused"));
     assert_eq!(letter.body, serde_json::to_vec(&never).expect("JSON"));
@@ -186,7 +187,7 @@ async fn each_unusable_body_is_a_dead_letter_at_once_unchanged_that_names_the_fi
     for (body, _, _) in &cases {
         world.broker.publish_job("notification.test", body, BasicProperties::default()).await;
     }
-    let dead = world.broker.name("dead");
+    let dead = world.broker.tap();
     let mut letters = BTreeMap::new();
     for _ in &cases {
         let letter = world.broker.take(&dead).await;
@@ -217,7 +218,7 @@ async fn a_job_that_no_lane_takes_waits_among_the_dead_letters_as_it_was_publish
     let worker = world.worker().await;
     let body = serde_json::to_vec(&job(None)).expect("JSON");
     world.broker.publish_job("newsletter.weekly", &body, BasicProperties::default()).await;
-    let letter = world.broker.take(&world.broker.name("dead")).await;
+    let letter = world.broker.take(&world.broker.tap()).await;
     assert_eq!(letter.body, body);
     assert_eq!(
         (letter.exchange, letter.routing_key.as_str()),

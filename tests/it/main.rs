@@ -1,10 +1,14 @@
 //! Black-box tests against real services, in one binary.
 
+mod archive;
+mod archive_search;
+mod archive_store;
 mod broker;
 mod cli;
 mod configs;
 mod core;
 mod crashes;
+mod dead_cli;
 mod delivery;
 mod documents;
 mod forgetting;
@@ -13,6 +17,9 @@ mod ledger;
 mod losses;
 mod once;
 mod outages;
+#[cfg(feature = "fault-injection")]
+mod poison;
+mod replay;
 mod replies;
 mod rules;
 mod smtp_sessions;

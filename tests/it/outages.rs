@@ -21,8 +21,8 @@ use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::world::{SOON, WorkerProcess, World, job};
 
-/// For jobs that were put aside on their way.
-const A_MINUTE: Duration = Duration::from_secs(60);
+/// For jobs that were put aside on their way, perhaps more than once, and for a worker that pauses longer after each loss.
+const MINUTES: Duration = Duration::from_secs(240);
 
 /// A private RabbitMQ or PostgreSQL that a test may crash; removed when dropped.
 struct Service {
@@ -182,8 +182,13 @@ async fn a_crash_of_the_database_with_jobs_in_flight_pauses_the_lanes_and_sends_
     }
     assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (25, 25));
     let log = worker.log();
-    assert_eq!(log.matches("the database is away").count(), 1, "{log}");
-    assert_eq!(log.matches("the database answers").count(), 2, "{log}");
+    // A database that a busy machine keeps from answering is away too: each time is said once.
+    let said: Vec<bool> = log
+        .lines()
+        .filter(|line| line.contains("the database is away") || line.contains("the database answers"))
+        .map(|line| line.contains("the database answers"))
+        .collect();
+    assert!(said.len() >= 3 && said[0] && said.windows(2).all(|two| two[0] != two[1]), "{log}");
     worker.stop().await;
     world.end().await;
 }
@@ -203,12 +208,12 @@ async fn connections_that_are_cut_again_and_again_cost_no_job_and_no_duplicate()
         world.publish(job).await;
     }
     for (proxy, reached) in [(&broker, 3), (&database, 10), (&broker, 17), (&database, 24), (&broker, 31)] {
-        let messages = world.platform.wait_for(SOON, |seen| seen.message_count >= reached).await;
+        let messages = world.platform.wait_for(MINUTES, |seen| seen.message_count >= reached).await;
         messages.expect("the messages go on");
         proxy.cut();
     }
     // Copies that found their line full wait aside for half a minute.
-    let all = world.platform.wait_for(A_MINUTE, |seen| seen.message_count >= JOBS).await;
+    let all = world.platform.wait_for(MINUTES, |seen| seen.message_count >= JOBS).await;
     all.expect("every job is sent");
     all_sent(&world.database.store(), &jobs).await;
     assert_eq!(world.platform.seen(|seen| (seen.final_dots, seen.message_count)), (JOBS, JOBS));

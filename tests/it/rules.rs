@@ -11,6 +11,7 @@ const MAY_IMPORT: &[(&str, &[&str], &str)] = &[
     ("model", &[], "model imports nothing of the crate"),
     ("clock", &[], "clock is a leaf"),
     ("shutdown", &[], "shutdown is a leaf"),
+    ("fault", &[], "fault is a leaf"),
     ("settings", &["model"], "settings is a leaf: it knows the model only"),
     ("telemetry", &["model"], "telemetry is a leaf: it knows the model only"),
     ("broker", &["model", "clock", "shutdown", "settings"], ADAPTER),
@@ -18,7 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str], &str)] = &[
     ("egress", &["model", "clock", "shutdown", "settings"], ADAPTER),
     ("store", &["model", "clock", "shutdown", "settings", "secrets"], ADAPTER),
     ("smtp", &["model", "clock", "shutdown", "settings", "egress"], ADAPTER),
-    ("delivery", MEETING_PLACE, MEETS),
+    ("delivery", DELIVERY, MEETS),
     ("control", MEETING_PLACE, MEETS),
     ("dead_letters", MEETING_PLACE, MEETS),
     ("parts", MEETING_PLACE, "parts builds the adapters from the settings"),
@@ -35,6 +36,20 @@ const MEETS: &str =
     "delivery, control and dead_letters import the model, the leaves and the adapters, not each other";
 const MEETING_PLACE: &[&str] =
     &["model", "clock", "shutdown", "settings", "telemetry", "broker", "store", "secrets", "egress", "smtp"];
+/// The one place where faults are injected.
+const DELIVERY: &[&str] = &[
+    "model",
+    "clock",
+    "shutdown",
+    "settings",
+    "telemetry",
+    "broker",
+    "store",
+    "secrets",
+    "egress",
+    "smtp",
+    "fault",
+];
 const FRONT: &[&str] = &[
     "model",
     "clock",
@@ -68,6 +83,7 @@ const EVERYTHING_ELSE: &[&str] = &[
     "parts",
     "http",
     "cli",
+    "fault",
 ];
 
 /// Each library that is known in one folder only.

@@ -2,40 +2,72 @@
 //! Guarantee: it always ends in time, with code 0, and what it gave back is sent once by the next.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use secrecy::ExposeSecret;
 use sendoff::model::ledger::State;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::sync::Notify;
 
 use crate::support::broker::amqp_url;
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::world::{SOON, World, job};
 
-/// Longer than a stop at once takes on a busy machine, much shorter than the default drain timeout.
-const AT_ONCE: Duration = Duration::from_secs(15);
+/// Longer than a stop at once takes on a busy machine, much shorter than what it would otherwise wait for here.
+const AT_ONCE: Duration = Duration::from_secs(60);
+/// What these tests let the worker wait for, where it is not to wait.
+const LONG_S: &str = "300";
 
 #[tokio::test]
 async fn a_stop_under_load_loses_nothing_and_sends_nothing_twice() {
-    const JOBS: usize = 240;
-    let world = World::with(|server| {
-        server.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_millis(100))))
-    })
-    .await;
-    world.platform.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_millis(100))));
+    const JOBS: usize = 120;
+    let world = World::new().await;
+    let servers = [&world.server, &world.platform];
+    for server in servers {
+        server.rule(Rule::new(Stage::FinalDot, Action::After(Duration::from_millis(100))));
+    }
     let worker = world.worker().await;
     let organizations = [Some("acme"), Some("beta"), Some("gamma"), None];
     for organization in organizations.into_iter().flatten() {
         world.organization(organization).await;
     }
     let mut ids = Vec::new();
-    for index in 0..JOBS {
-        let organization = organizations[index % organizations.len()];
-        ids.push((organization, world.publish(&job(organization)).await));
-    }
-    world.server.wait_for(SOON, |seen| seen.message_count >= 20).await.expect("the load has begun");
+    let publishing = async {
+        for index in 0..JOBS {
+            let organization = organizations[index % organizations.len()];
+            ids.push((organization, world.publish(&job(organization)).await));
+        }
+    };
+    // From then on everything under way waits, so that the stop comes under load however slow this test is.
+    let go_on = Arc::new(Notify::new());
+    let holding = async {
+        world.server.wait_for(SOON, |seen| seen.message_count >= 20).await.expect("the load has begun");
+        for server in servers {
+            server.change(|behaviour| {
+                behaviour.clear_rules();
+                behaviour.rule(Rule::new(Stage::FinalDot, Action::Hold(go_on.clone())));
+            });
+        }
+    };
+    tokio::join!(publishing, holding);
 
     worker.signal("TERM").await;
-    let (code, log) = worker.ended().await;
+    worker.logs("draining").await;
+    for server in servers {
+        server.change(|behaviour| behaviour.clear_rules());
+    }
+    let releasing = async {
+        loop {
+            go_on.notify_waiters();
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    };
+    let (code, log) = tokio::select! {
+        ended = worker.ended() => ended,
+        () = releasing => unreachable!("it never ends"),
+    };
     assert_eq!(code, 0, "{log}");
     let dots = || world.server.seen(|seen| seen.final_dots) + world.platform.seen(|seen| seen.final_dots);
     assert!(dots() < JOBS, "the stop came under load");
@@ -57,6 +89,13 @@ async fn a_stop_under_load_loses_nothing_and_sends_nothing_twice() {
     world.end().await;
 }
 
+/// When the line with these words was logged.
+fn logged_at(log: &str, words: &str) -> OffsetDateTime {
+    let line = log.lines().find(|line| line.contains(words)).unwrap_or_else(|| panic!("no {words:?}: {log}"));
+    let at = line.split(' ').next().and_then(|at| OffsetDateTime::parse(at, &Rfc3339).ok());
+    at.expect("a line begins with its time")
+}
+
 fn message_id(text: &str) -> String {
     let line = text.lines().find(|line| line.to_ascii_lowercase().starts_with("message-id:"));
     line.expect("every message has a Message-ID").to_owned()
@@ -65,7 +104,7 @@ fn message_id(text: &str) -> String {
 #[tokio::test]
 async fn an_attempt_that_outlasts_the_drain_timeout_is_given_up_and_its_job_sent_once_later() {
     let mut world = World::new().await;
-    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "120");
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", LONG_S);
     let worker = world.worker_starting(&["--drain-timeout", "1s"]).await;
     worker.ready().await;
     world.platform.rule(Rule::new(Stage::Mail, Action::Silence));
@@ -76,7 +115,11 @@ async fn an_attempt_that_outlasts_the_drain_timeout_is_given_up_and_its_job_sent
     worker.signal("TERM").await;
     let (code, log) = worker.ended().await;
     assert_eq!(code, 0, "{log}");
-    assert!(log.contains("the drain timeout has passed"), "{log}");
+    let drained_for = logged_at(&log, "the drain timeout has passed") - logged_at(&log, "draining");
+    assert!(
+        drained_for < time::Duration::seconds(20),
+        "longer than asked, towards the usual 30 s: {drained_for}"
+    );
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 
     world.platform.change(|behaviour| behaviour.clear_rules());
@@ -91,8 +134,8 @@ async fn an_attempt_that_outlasts_the_drain_timeout_is_given_up_and_its_job_sent
 #[tokio::test]
 async fn a_second_signal_stops_at_once_and_only_a_final_dot_under_way_is_repeated() {
     let mut world = World::new().await;
-    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "120");
-    let worker = world.worker_starting(&["--drain-timeout", "120s"]).await;
+    world.set("SENDOFF__SMTP__COMMAND_TIMEOUT_S", LONG_S);
+    let worker = world.worker_starting(&["--drain-timeout", LONG_S]).await;
     worker.ready().await;
     world.organization("acme").await;
     world.server.rule(Rule::new(Stage::Ehlo, Action::Silence));

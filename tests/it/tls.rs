@@ -1,7 +1,7 @@
 //! TLS to the organization's server: its modes, its certificates, and what an attacker on the way can do.
 //! Guarantee: where TLS fails or is taken away, neither a credential nor a message leaves.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use sendoff::model::ledger::State;
 use serde_json::{Value, json};
@@ -9,16 +9,10 @@ use serde_json::{Value, json};
 use crate::support::certs::ServerCertificate;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage, Tls};
 use crate::support::story::Letters;
-use crate::support::world::{PASSWORD, USERNAME, World, job};
+use crate::support::world::{PASSWORD, USERNAME, World, job, own_address};
 
 /// A port that means TLS from the first byte, and needs no privilege to listen at.
 const IMPLICIT_TLS_PORT: u16 = 2465;
-
-/// An address of this process's own, so that a fixed port is free there.
-fn own_address(last: u8) -> IpAddr {
-    let [.., high, low] = std::process::id().to_be_bytes();
-    IpAddr::V4(Ipv4Addr::new(127, 128 | high, low, last))
-}
 
 /// A server with STARTTLS that presents the certificate.
 async fn starttls_server(certificate: &ServerCertificate) -> SmtpServer {

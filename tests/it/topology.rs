@@ -24,7 +24,7 @@ async fn a_binding_taken_out_of_the_settings_is_unbound_by_the_next_declaration(
     assert_eq!(code, 0, "{complaint}");
     assert!(said.contains("Unbound extra.# from lane notifications"), "{said}");
     world.broker.publish_job("extra.two", b"{}", BasicProperties::default()).await;
-    world.broker.wait_count(&world.broker.name("dead"), 1).await;
+    world.broker.wait_count(&world.broker.tap(), 1).await;
     assert_eq!(world.broker.count(&lane).await, Some(1));
     world.end().await;
 }

@@ -1,4 +1,4 @@
-//! The second, slow look at a body that is no job: which field is wrong, and what would be right.
+//! The tolerant look at a body: what it tells of its job whatever else is wrong with it, and which field is wrong.
 //! Guarantee: it streams, so a hostile body costs no more memory than its longest string; it repeats names, never values.
 
 use std::fmt;
@@ -9,9 +9,9 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use super::{Fault, Refusal, VERSION, validate};
+use super::{Fault, Refusal, Told, VERSION, validate};
 use crate::model::address::mask_addresses;
-use crate::model::job::JobKey;
+use crate::model::job::{JobKey, Revision};
 use crate::model::organization::OrganizationId;
 use crate::model::text;
 
@@ -24,7 +24,8 @@ enum Shape {
     Organization,
     Kind,
     Text,
-    Integer,
+    Group,
+    Sequence,
     Time,
     OneOf(&'static [&'static str]),
     Mailbox,
@@ -75,8 +76,8 @@ static JOB: Shape = Shape::Object(&[
     optional("attachments", Shape::List(&Shape::Object(&ATTACHMENT))),
     optional("headers", Shape::Texts),
     optional("expires_at", Shape::Time),
-    optional("group", Shape::Text),
-    optional("sequence", Shape::Integer),
+    optional("group", Shape::Group),
+    optional("sequence", Shape::Sequence),
     optional("on_unknown", Shape::OneOf(&["resend", "hold"])),
 ]);
 
@@ -88,8 +89,8 @@ impl Shape {
             Self::Organization => {
                 "an integer, a string of 1 to 64 characters of A-Z, a-z, 0-9, `_` and `-`, or null".into()
             }
-            Self::Kind | Self::Text => "a string".into(),
-            Self::Integer => "an integer from 0 to 9223372036854775807".into(),
+            Self::Kind | Self::Text | Self::Group => "a string".into(),
+            Self::Sequence => "an integer from 0 to 9223372036854775807".into(),
             Self::Time => "an RFC 3339 time in a string, say 2026-01-31T12:00:00Z".into(),
             Self::OneOf(names) => format!("one of {}", names.join(", ")),
             Self::Mailbox => {
@@ -104,18 +105,11 @@ impl Shape {
 
 /// Says what is wrong with a body that did not parse; `error` is what the parser said.
 pub(super) fn explain(body: &[u8], error: &serde_json::Error) -> Refusal {
-    if let Err(error) = std::str::from_utf8(body) {
-        let at = error.valid_up_to();
-        return Fault::malformed(format!("the body is not UTF-8: bad byte at offset {at}"))
-            .into_refusal(None, None);
-    }
-    let mut watch = Watch::default();
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let look = Look { shape: &JOB, may_be_null: false, watch: &mut watch };
-    if let Err(error) = look.deserialize(&mut deserializer).and_then(|()| deserializer.end()) {
-        return Fault::malformed(format!("the body is not JSON: {error}")).into_refusal(None, None);
-    }
-    let fault = match (watch.version, watch.complaint) {
+    let watch = match look(body) {
+        Ok(watch) => watch,
+        Err(fault) => return fault.into_refusal(None, None),
+    };
+    let fault = match (watch.version, &watch.complaint) {
         (Some(version), _) if version != VERSION => Fault::unsupported(version),
         (_, Some(complaint)) => Fault::malformed(complaint),
         (_, None) => Fault::malformed(format!(
@@ -124,14 +118,26 @@ pub(super) fn explain(body: &[u8], error: &serde_json::Error) -> Refusal {
             error.column()
         )),
     };
-    let key = match (watch.id, watch.organization) {
-        (Some(id), Owner::Platform) => Some(JobKey { organization: None, id }),
-        (Some(id), Owner::Organization(organization)) => {
-            Some(JobKey { organization: Some(organization), id })
-        }
-        (None, _) | (_, Owner::Unreadable) => None,
-    };
-    fault.into_refusal(key, watch.kind)
+    let told = watch.into_told();
+    fault.into_refusal(told.key, told.kind)
+}
+
+/// What a body tells of its job; nothing where it is no JSON.
+pub(super) fn tell(body: &[u8]) -> Told {
+    look(body).map(Watch::into_told).unwrap_or_default()
+}
+
+fn look(body: &[u8]) -> Result<Watch, Fault> {
+    if let Err(error) = std::str::from_utf8(body) {
+        let at = error.valid_up_to();
+        return Err(Fault::malformed(format!("the body is not UTF-8: bad byte at offset {at}")));
+    }
+    let mut watch = Watch::default();
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let look = Look { shape: &JOB, may_be_null: false, watch: &mut watch };
+    let read = look.deserialize(&mut deserializer).and_then(|()| deserializer.end());
+    read.map_err(|error| Fault::malformed(format!("the body is not JSON: {error}")))?;
+    Ok(watch)
 }
 
 #[derive(Default)]
@@ -151,9 +157,24 @@ struct Watch {
     id: Option<Uuid>,
     organization: Owner,
     kind: Option<String>,
+    expires_at: Option<OffsetDateTime>,
+    group: Option<String>,
+    sequence: Option<i64>,
 }
 
 impl Watch {
+    fn into_told(self) -> Told {
+        let key = match (self.id, self.organization) {
+            (Some(id), Owner::Platform) => Some(JobKey { organization: None, id }),
+            (Some(id), Owner::Organization(organization)) => {
+                Some(JobKey { organization: Some(organization), id })
+            }
+            (None, _) | (_, Owner::Unreadable) => None,
+        };
+        let revision = self.group.zip(self.sequence).map(|(group, sequence)| Revision { group, sequence });
+        Told { key, kind: self.kind, expires_at: self.expires_at, revision }
+    }
+
     fn complain(&mut self, fault: impl fmt::Display) {
         if self.complaint.is_none() {
             let place = if self.path.is_empty() { "the body" } else { &self.path };
@@ -203,7 +224,7 @@ impl Look<'_> {
             (Shape::Organization, Some(number)) => {
                 self.watch.organization = Owner::Organization(OrganizationId::from_integer(number));
             }
-            (Shape::Integer, Some(_)) => {}
+            (Shape::Sequence, Some(number)) => self.watch.sequence = (number >= 0).then_some(number),
             (_, Some(_)) => self.wrong("an integer"),
             (_, None) => self.wrong("an integer out of range"),
         }
@@ -227,7 +248,14 @@ impl Look<'_> {
                 }
                 Err(_) => false,
             },
-            Shape::Time => OffsetDateTime::parse(text, &Rfc3339).is_ok(),
+            Shape::Group => {
+                self.watch.group = validate::is_group(text).then(|| text.to_owned());
+                true
+            }
+            Shape::Time => {
+                self.watch.expires_at = OffsetDateTime::parse(text, &Rfc3339).ok();
+                self.watch.expires_at.is_some()
+            }
             Shape::OneOf(names) => names.contains(&text),
             _ => return self.wrong("a string"),
         };

@@ -10,12 +10,14 @@ mod tests;
 mod validate;
 
 use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
 
 use crate::model::failure::Reason;
-use crate::model::job::{Job, JobKey};
+use crate::model::job::{Job, JobKey, Revision};
 use crate::model::text;
 
 pub use body::{AttachmentBody, CalendarBody, JobBody, MailboxBody};
+pub use validate::is_slug;
 
 /// The version this program reads and writes.
 pub const VERSION: i64 = 1;
@@ -44,6 +46,19 @@ pub struct Refusal {
     pub kind: Option<String>,
 }
 
+/// What a body tells of its job, whether or not it is one that can be sent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Where id and organization are usable.
+    pub key: Option<JobKey>,
+    /// Where it is a slug.
+    pub kind: Option<String>,
+    /// Where it is a time.
+    pub expires_at: Option<OffsetDateTime>,
+    /// Where both halves are usable.
+    pub revision: Option<Revision>,
+}
+
 /// One fault, before it is known whose job it is in.
 struct Fault {
     reason: Reason,
@@ -64,6 +79,11 @@ impl Fault {
         let detail = text::bounded(&text::single_line(&self.detail), DETAIL_MAX);
         Refusal { reason: self.reason, detail, key, kind }
     }
+}
+
+/// Reads what a body tells: of a job what [`parse_job`] reads, of any other JSON what is usable, else nothing.
+pub fn tell(body: &[u8]) -> Told {
+    explain::tell(body)
 }
 
 /// Reads a published body. A job that has expired, or whose organization is unknown, is a job all the same.

@@ -6,6 +6,7 @@ use time::macros::datetime;
 
 use super::*;
 use crate::model::job::{CalendarMethod, OnUnknown};
+use crate::model::organization::OrganizationId;
 
 const LIMITS: WireLimits = WireLimits { max_recipients: 5, max_message_bytes: 20_000 };
 const ID: &str = "0190c6a1-7b1f-7c8e-9d53-1f2a3b4c5d6e";
@@ -48,14 +49,24 @@ fn parse(body: &Value) -> Result<Job, Refusal> {
     parse_job(&serde_json::to_vec(body).unwrap(), &LIMITS)
 }
 
+fn told(body: &Value) -> Told {
+    tell(&serde_json::to_vec(body).unwrap())
+}
+
 fn accepted(body: &Value) -> Job {
-    parse(body).unwrap_or_else(|refusal| panic!("{body}: {refusal:?}"))
+    let job = parse(body).unwrap_or_else(|refusal| panic!("{body}: {refusal:?}"));
+    let (key, kind) = (Some(job.key.clone()), Some(job.kind.clone()));
+    let same = Told { key, kind, expires_at: job.expires_at, revision: job.group.clone() };
+    assert_eq!(told(body), same, "{body}");
+    job
 }
 
 fn refused(body: &Value) -> Refusal {
     let refusal = parse(body).expect_err(&body.to_string());
     assert!(refusal.detail.len() <= DETAIL_MAX, "{}", refusal.detail);
     assert!(!refusal.detail.contains("does not have the shape"), "unexplained: {body}");
+    let Told { key, kind, .. } = told(body);
+    assert_eq!((&key, &kind), (&refusal.key, &refusal.kind), "{body}");
     refusal
 }
 
@@ -416,4 +427,26 @@ proptest! {
     fn no_bytes_make_the_reader_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
         prop_assert!(parse_job(&body, &LIMITS).is_err());
     }
+}
+
+#[test]
+fn what_is_no_job_still_tells_what_is_usable_of_it() {
+    let broken = json!({
+        "id": ID, "organization_id": 7, "kind": "Not A Slug", "to": 5, "expires_at": "2026-11-22T20:00:00Z",
+        "group": "booking-1", "sequence": 3, "unknown": {"id": "x", "expires_at": "x"},
+    });
+    let key = JobKey { organization: Some(OrganizationId::parse("7").unwrap()), id: ID.parse().unwrap() };
+    let revision = Some(Revision { group: "booking-1".into(), sequence: 3 });
+    let expires_at = Some(datetime!(2026-11-22 20:00 UTC));
+    assert_eq!(told(&broken), Told { key: Some(key), kind: None, expires_at, revision });
+    let useless = json!({
+        "id": ID, "organization_id": "no organization", "kind": 1, "expires_at": "soon", "group": "a\u{0}b",
+        "sequence": -1,
+    });
+    assert_eq!(told(&useless), Told::default());
+    for body in [&b""[..], b"\xff", b"{\"id\":", b"[]", b"7", b"null", br#"{"id": 5}"#] {
+        assert_eq!(tell(body), Told::default());
+    }
+    let trailing = [&serde_json::to_vec(&minimal()).unwrap()[..], b" {}"].concat();
+    assert_eq!(tell(&trailing), Told::default());
 }

@@ -29,7 +29,7 @@ const FILE_HEADERS_MIN: usize = 140;
 const GROUP_MAX: usize = 255;
 
 /// Whether a text is a kind: 1 to 64 of `[a-z0-9._-]`.
-pub(super) fn is_slug(text: &str) -> bool {
+pub fn is_slug(text: &str) -> bool {
     let allowed =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-');
     (1..=64).contains(&text.len()) && text.bytes().all(allowed)
@@ -276,6 +276,11 @@ fn content_id(id: &str) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a text can name a group.
+pub(super) fn is_group(text: &str) -> bool {
+    (1..=GROUP_MAX).contains(&text.chars().count()) && !text::has_forbidden_control(text)
+}
+
 fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revision>, Fault> {
     let (group, sequence) = match (group, sequence) {
         (Some(group), Some(sequence)) => (group, sequence),
@@ -283,7 +288,7 @@ fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revis
         (Some(_), None) => return Err(Fault::malformed("sequence: must be given together with group")),
         (None, Some(_)) => return Err(Fault::malformed("group: must be given together with sequence")),
     };
-    if !(1..=GROUP_MAX).contains(&group.chars().count()) || text::has_forbidden_control(&group) {
+    if !is_group(&group) {
         return Err(Fault::malformed(format!(
             "group: must be 1 to {GROUP_MAX} characters without control characters"
         )));

@@ -14,6 +14,6 @@ pub(super) mod status;
 pub(super) enum JobCommand {
     /// Publish a job
     Send(Box<send::SendArgs>),
-    /// Print what the ledger knows of a job
+    /// Tell what became of a job
     Status(status::StatusArgs),
 }

@@ -1,25 +1,28 @@
-//! `sendoff job status`: the ledger's answer about one job.
+//! `sendoff job status`: one job's story, from the ledger, or from the archive where the ledger never had the job.
 //! Guarantee: the JSON is the same that the control command `job.status` gives.
 
 use anyhow::{Context, bail};
 use clap::Args;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use crate::cli::dead::words;
 use crate::cli::exit::Done;
-use crate::cli::output;
-use crate::control::job_status_json;
+use crate::cli::{output, story};
+use crate::clock::Clock;
+use crate::control::{job_status_json, letter_status_json};
 use crate::model::job::JobKey;
 use crate::model::ledger::JobStatus;
+use crate::model::letter::Letter;
 use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
+use crate::store::Store;
 
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  sendoff job status 0198c0de-0000-7000-8000-000000000001 --org 42\n\nThe states: claimed, \
-    sent, deferred, parked, dead, unknown, cancelled. Exit code 1 when the ledger knows no such job."
+    sent, deferred, parked, dead, unknown, cancelled. Exit code 1 when neither the ledger nor the archive of dead letters \
+    knows such a job."
 )]
 pub(in crate::cli) struct StatusArgs {
     /// The job's id
@@ -27,6 +30,9 @@ pub(in crate::cli) struct StatusArgs {
     /// The job's organization; unless given, every organization's jobs and the platform's are looked through
     #[arg(long, value_name = "ORG", value_parser = OrganizationId::parse)]
     org: Option<OrganizationId>,
+    /// The platform's job of this id
+    #[arg(long, conflicts_with = "org")]
+    platform: bool,
     /// Print it as JSON
     #[arg(long)]
     json: bool,
@@ -34,69 +40,72 @@ pub(in crate::cli) struct StatusArgs {
 
 pub(in crate::cli) async fn run(args: &StatusArgs, settings: &Settings) -> anyhow::Result<Done> {
     let store = parts::store(settings, parts::COMMAND_CONNECTIONS)?;
-    let found = match &args.org {
-        Some(org) => {
-            let key = JobKey { organization: Some(org.clone()), id: args.id };
-            store.job_status(&key).await.map(|status| status.into_iter().collect())
-        }
-        None => store.job_status_anywhere(args.id).await,
-    };
-    let found: Vec<JobStatus> = found.context("asking the ledger")?;
-    match found.as_slice() {
-        [] => bail!(
-            "the ledger knows no job {}{}; it was never published, is still queued, or is forgotten by now",
-            args.id,
-            args.org.as_ref().map(|org| format!(" of organization {org}")).unwrap_or_default()
-        ),
-        [status] if args.json => output::json(&job_status_json(&status.key, status))?,
-        [status] => words(status).iter().try_for_each(|line| output::line(line))?,
-        several => {
-            let keys: Vec<_> = several.iter().map(|status| status.key.to_string()).collect();
-            bail!("{} jobs have this id: {}; choose one with --org", several.len(), keys.join(", "));
-        }
+    let known = ledger(args, &store).await.context("asking the ledger")?;
+    let organization = if args.platform { Some("") } else { args.org.as_ref().map(OrganizationId::as_str) };
+    let letters = store.letters_of(args.id, organization).await.context("asking the archive")?;
+    if known.is_empty() {
+        return from_archive(args, &letters);
+    }
+    let keys: Vec<_> = known.iter().map(|status| status.key.clone()).collect();
+    only(&keys)?;
+    let status = &known[0];
+    if args.json {
+        output::json(&job_status_json(status))?;
+        return Ok(Done::Well);
+    }
+    let now = Clock::system().now();
+    output::line(&format!("{}: {}", status.key, status.state.as_str()))?;
+    story::job(status, now).iter().try_for_each(|line| output::line(line))?;
+    for letter in letters.iter().filter(|letter| letter.key.as_ref() == Some(&status.key)) {
+        words::deeds(letter, Some(status), now).iter().try_for_each(|line| output::line(line))?;
     }
     Ok(Done::Well)
 }
 
-fn words(status: &JobStatus) -> Vec<String> {
-    let mut lines = vec![format!("{}: {}", status.key, status.state.as_str())];
-    let mut fact = |name: &str, value: Option<String>| {
-        if let Some(value) = value {
-            lines.push(format!("  {name:<12} {value}"));
-        }
-    };
-    fact("reason", status.reason.map(|reason| reason.to_string()));
-    fact("detail", status.detail.clone());
-    fact("attempts", Some(status.attempts.to_string()));
-    fact("next attempt", status.next_attempt_at.map(rfc3339));
-    fact("message id", status.message_id.clone());
-    fact("reply", status.reply.clone());
-    fact("first seen", Some(rfc3339(status.first_at)));
-    fact("updated", Some(rfc3339(status.updated_at)));
-    for refused in &status.refused {
-        fact("refused", Some(format!("recipient {}: {} {}", refused.index, refused.code, refused.reason)));
+async fn ledger(args: &StatusArgs, store: &Store) -> Result<Vec<JobStatus>, crate::store::StoreError> {
+    if args.org.is_none() && !args.platform {
+        return store.job_status_anywhere(args.id).await;
     }
-    for attempt in &status.history {
-        let outcome = match (attempt.reason, &attempt.reply) {
-            (None, reply) => reply.clone().unwrap_or_else(|| "accepted".to_owned()),
-            (Some(reason), Some(reply)) => format!("{reason}: {reply}"),
-            (Some(reason), None) => reason.to_string(),
-        };
-        let place = attempt.address.as_deref().map(|address| format!(" ({address})")).unwrap_or_default();
-        fact(
-            "attempt",
-            Some(format!(
-                "{} by {}{place} to {}, {} ms: {outcome}",
-                rfc3339(attempt.at),
-                attempt.transport,
-                attempt.phase.as_str(),
-                attempt.ms
-            )),
-        );
-    }
-    lines
+    let key = JobKey { organization: args.org.clone(), id: args.id };
+    Ok(store.job_status(&key).await?.into_iter().collect())
 }
 
-fn rfc3339(at: OffsetDateTime) -> String {
-    at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+/// A job that no worker could take up has no row in the ledger, but a letter.
+fn from_archive(args: &StatusArgs, letters: &[Letter]) -> anyhow::Result<Done> {
+    let Some(newest) = letters.iter().find(|letter| letter.letter.0 == args.id).or(letters.first()) else {
+        let whose = match &args.org {
+            Some(org) => format!(" of organization {org}"),
+            None if args.platform => " of the platform".to_owned(),
+            None => String::new(),
+        };
+        bail!(
+            "neither the ledger nor the archive knows a job {}{whose}; it was never published, is still queued, or is \
+             forgotten by now",
+            args.id
+        );
+    };
+    if newest.letter.0 != args.id {
+        only(&letters.iter().filter_map(|letter| letter.key.clone()).collect::<Vec<_>>())?;
+    }
+    let view = letter_status_json(newest);
+    if args.json {
+        output::json(&view)?;
+        return Ok(Done::Well);
+    }
+    let name = newest.key.as_ref().map_or_else(|| newest.letter.to_string(), ToString::to_string);
+    output::line(&format!("{name}: {}", view["state"].as_str().unwrap_or_default()))?;
+    output::line("The ledger does not know it; the archive of dead letters does.")?;
+    words::letter(newest, None, Clock::system().now()).iter().try_for_each(|line| output::line(line))?;
+    Ok(Done::Well)
+}
+
+/// Refuses to choose between jobs of different organizations.
+fn only(keys: &[JobKey]) -> anyhow::Result<()> {
+    if keys.iter().all(|key| *key == keys[0]) {
+        return Ok(());
+    }
+    let mut names: Vec<_> = keys.iter().map(ToString::to_string).collect();
+    names.sort();
+    names.dedup();
+    bail!("{} jobs have this id: {}; choose one with --org or --platform", names.len(), names.join(", "));
 }

@@ -17,6 +17,7 @@ use super::settle::{SettleRequest, Settles};
 use super::{RowKey, count, organization_text, row_key, until, without_nul};
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
+use crate::model::job::JobKey;
 use crate::model::ledger::{
     Claim, ClaimAnswer, Claimed, HandOver, Incarnation, Orphan, Settle, Settlement, State, Turn,
 };
@@ -31,8 +32,8 @@ SET sequence = excluded.sequence, updated_at = excluded.updated_at
 WHERE g.sequence < excluded.sequence";
 
 /// Writes the rows that may be claimed and returns those alone. `$5` is the claiming incarnation, `$6` every incarnation of
-/// this process, `$7` the dead ones, `$8` the keys that this process works on, `$9` each claim's booking. Half a second
-/// early is on time: the broker's clock is not the database's.
+/// this process, `$7` the dead ones, `$8` the keys that this process works on, `$9` each claim's booking, `$11` the keys
+/// that may have died with another worker. Half a second early is on time: the broker's clock is not the database's.
 const CLAIM: &str = "
 WITH asked AS MATERIALIZED (
     SELECT * FROM unnest($1::text[], $2::uuid[], $3::bytea[], $4::int[], $9::text[], $10::text[])
@@ -47,7 +48,7 @@ WITH asked AS MATERIALIZED (
         turn = excluded.turn,
         owner = excluded.owner,
         updated_at = excluded.updated_at,
-        message_id = coalesce(j.message_id, excluded.message_id),
+        message_id = coalesce(nullif(j.message_id, ''), excluded.message_id),
         not_before = NULL,
         committing = false,
         crashes = CASE WHEN j.state = 'claimed' AND j.owner <> ALL ($6) THEN j.crashes + 1 ELSE j.crashes END,
@@ -63,7 +64,9 @@ WITH asked AS MATERIALIZED (
                 AND (j.not_before IS NULL OR j.not_before <= now() + interval '500 milliseconds')
             ELSE excluded.turn > j.turn
         END
-    RETURNING organization_id, id, turn, attempts, first_at, message_id, pending, refused, partly_sent, orphan,
+        AND ((j.crashes = 0 AND (j.state <> 'claimed' OR j.owner = ANY ($6)))
+            OR j.id || '/' || j.organization_id = ANY ($11))
+    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, message_id, pending, refused, partly_sent, orphan,
         crashes, unknowns
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
@@ -77,8 +80,8 @@ LEFT JOIN job_groups AS groups
 
 /// Why the rest was not granted.
 const LOOK: &str = "
-SELECT j.organization_id, j.id, j.body_hash, j.state, j.turn, j.owner, j.attempts, j.first_at, j.updated_at,
-    j.not_before, j.reason, j.detail, now() AS now
+SELECT j.organization_id, j.id, j.body_hash, j.state, j.turn, j.owner, j.attempts, j.first_at, j.replayed_at,
+    j.updated_at, j.not_before, j.reason, j.detail, j.crashes, now() AS now
 FROM unnest($1::text[], $2::uuid[]) AS a (organization_id, id)
 JOIN jobs AS j ON j.id = a.id AND j.organization_id = a.organization_id";
 
@@ -108,18 +111,15 @@ impl Work for Claims {
             owner,
             mine: self.incarnations.mine(),
             dead: self.incarnations.dead(),
-            at_work: claims
-                .iter()
-                .filter(|claim| self.grants.token(&claim.key).is_some())
-                .map(|claim| format!("{}/{}", claim.key.id, organization_text(&claim.key)))
-                .collect(),
+            at_work: names(claims, |claim| self.grants.token(&claim.key).is_some()),
+            suspects: names(claims, |claim| claim.suspects),
         };
         let mut rows = self.store.on_session(async |session| asking.answer(session, claims).await).await?;
         let mut answers = Vec::with_capacity(claims.len());
         for claim in claims {
             let answer = match rows.remove(&row_key(&claim.key)) {
                 Some(Found::Granted(row)) => Some(ClaimAnswer::Claimed(Box::new(claimed(owner, &row)?))),
-                Some(Found::Other(row)) => Standing::read(&row)?.refuse(claim),
+                Some(Found::Other(row)) => Standing::read(&row)?.refuse(claim, &asking),
                 None => None,
             };
             if matches!(answer, Some(ClaimAnswer::Claimed(_))) {
@@ -171,9 +171,20 @@ struct Asking {
     mine: Vec<i32>,
     dead: Vec<i32>,
     at_work: Vec<String>,
+    suspects: Vec<String>,
+}
+
+/// The keys of some of the claims, as the statement compares them.
+fn names(claims: &[&Claim], which: impl Fn(&Claim) -> bool) -> Vec<String> {
+    let chosen = claims.iter().filter(|claim| which(claim));
+    chosen.map(|claim| format!("{}/{}", claim.key.id, organization_text(&claim.key))).collect()
 }
 
 impl Asking {
+    fn is_at_work(&self, key: &JobKey) -> bool {
+        self.at_work.contains(&format!("{}/{}", key.id, organization_text(key)))
+    }
+
     async fn answer(
         &self,
         session: &mut PgConnection,
@@ -220,6 +231,7 @@ impl Asking {
             .bind(&self.at_work)
             .bind(groups)
             .bind(claims.iter().map(|claim| without_nul(&claim.message_id)).collect::<Vec<_>>())
+            .bind(&self.suspects)
             .fetch_all(session)
             .await
     }
@@ -267,7 +279,9 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         owner,
         turn: Turn(row.try_get("turn")?),
         attempts: count(row.try_get("attempts")?),
+        spared: count(row.try_get("spared")?),
         first_at: row.try_get("first_at")?,
+        replayed_at: row.try_get("replayed_at")?,
         now: row.try_get("now")?,
         message_id: row.try_get("message_id")?,
         pending: pending.map(|all| all.into_iter().filter_map(|index| u16::try_from(index).ok()).collect()),
@@ -289,6 +303,7 @@ struct Standing {
     turn: Turn,
     owner: Incarnation,
     not_before: Option<OffsetDateTime>,
+    crashes: u32,
     now: OffsetDateTime,
     hand_over: HandOver,
 }
@@ -313,25 +328,47 @@ impl Standing {
             wait: not_before.map(|not_before| until(now, not_before)).unwrap_or_default(),
             attempts: count(row.try_get("attempts")?),
             first_at: row.try_get("first_at")?,
+            replayed_at: row.try_get("replayed_at")?,
             age: until(row.try_get("updated_at")?, now),
             taken_up,
         };
-        Ok(Self { body_hash: row.try_get("body_hash")?, state, turn, owner, not_before, now, hand_over })
+        let body_hash = row.try_get("body_hash")?;
+        let crashes = count(row.try_get("crashes")?);
+        Ok(Self { body_hash, state, turn, owner, not_before, crashes, now, hand_over })
     }
 
     /// Why the claim is not granted; `None` when it might be, were it asked once more.
-    fn refuse(self, claim: &Claim) -> Option<ClaimAnswer> {
+    fn refuse(self, claim: &Claim, asking: &Asking) -> Option<ClaimAnswer> {
         if self.body_hash.is_some_and(|hash| hash != claim.body_hash) {
             return Some(ClaimAnswer::IdConflict);
         }
         match self.state {
             State::Sent => Some(ClaimAnswer::AlreadySent),
             _ if claim.turn < self.turn => Some(ClaimAnswer::Stale(self.hand_over)),
-            State::Claimed => Some(ClaimAnswer::Held { owner: self.owner }),
-            State::Deferred => self
-                .not_before
-                .filter(|not_before| *not_before > self.now)
-                .map(|not_before| ClaimAnswer::NotYet { wait: until(self.now, not_before) }),
+            State::Claimed => {
+                let died = asking.dead.contains(&self.owner.0);
+                let crashes = self.crashes + u32::from(died);
+                let is_free = died || (asking.mine.contains(&self.owner.0) && !asking.is_at_work(&claim.key));
+                let suspect = is_free && crashes > 0 && !claim.suspects;
+                Some(if suspect {
+                    ClaimAnswer::Suspect { crashes }
+                } else {
+                    ClaimAnswer::Held { owner: self.owner }
+                })
+            }
+            State::Deferred => {
+                let early = self.not_before.filter(|not_before| *not_before > self.now);
+                match early {
+                    Some(not_before) => Some(ClaimAnswer::NotYet { wait: until(self.now, not_before) }),
+                    None if self.crashes > 0 && !claim.suspects => {
+                        Some(ClaimAnswer::Suspect { crashes: self.crashes })
+                    }
+                    None => None,
+                }
+            }
+            _ if claim.turn > self.turn && self.crashes > 0 && !claim.suspects => {
+                Some(ClaimAnswer::Suspect { crashes: self.crashes })
+            }
             State::Parked | State::Dead | State::Unknown | State::Cancelled => {
                 (claim.turn == self.turn).then_some(ClaimAnswer::Closed(self.hand_over))
             }

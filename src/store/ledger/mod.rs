@@ -16,6 +16,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 pub use retention::{Sweep, Sweeper};
+pub(super) use settle::array_literal;
 
 use self::claim::Claims;
 use self::gate::{GateRequest, Gates};
@@ -108,20 +109,20 @@ fn row_key(key: &JobKey) -> RowKey {
 }
 
 /// How the table spells a job's organization: the platform is the empty text, which no organization is.
-fn organization_text(key: &JobKey) -> &str {
+pub(super) fn organization_text(key: &JobKey) -> &str {
     key.organization.as_ref().map_or("", |organization| organization.as_str())
 }
 
 /// PostgreSQL stores no NUL; one would fail the whole batch.
-fn without_nul(text: &str) -> Cow<'_, str> {
+pub(super) fn without_nul(text: &str) -> Cow<'_, str> {
     if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
 }
 
-fn count(number: i32) -> u32 {
+pub(super) fn count(number: i32) -> u32 {
     u32::try_from(number).unwrap_or(0)
 }
 
-fn stored_count(number: u32) -> i32 {
+pub(super) fn stored_count(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 

@@ -172,7 +172,7 @@ fn clean(text: &str) -> String {
 }
 
 /// As PostgreSQL spells an array: arrays of arrays cannot be unnested one level deep.
-fn array_literal(positions: &[u16]) -> String {
+pub(in crate::store) fn array_literal(positions: &[u16]) -> String {
     let positions: Vec<String> = positions.iter().map(u16::to_string).collect();
     format!("{{{}}}", positions.join(","))
 }

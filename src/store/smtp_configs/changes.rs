@@ -183,7 +183,7 @@ impl SmtpConfigs {
     }
 
     fn seal(&self, organization: &OrganizationId, field: Field, secret: &str) -> Vec<u8> {
-        self.keys.seal(Context { organization, field }, &secret.into())
+        self.keys.seal(Context::Credential { organization, field }, &secret.into())
     }
 }
 

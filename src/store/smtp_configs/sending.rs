@@ -107,7 +107,10 @@ impl SmtpConfigs {
     }
 
     fn open(&self, organization: &OrganizationId, stored: SealedRow) -> Result<SmtpAccount, Unreadable> {
-        let open = |field, sealed: &[u8]| match self.keys.open(Context { organization, field }, sealed) {
+        let open = |field, sealed: &[u8]| match self
+            .keys
+            .open(Context::Credential { organization, field }, sealed)
+        {
             Ok(secret) => Ok(secret),
             Err(OpenError::UnknownKey { id }) => Err(Unreadable::UnknownKey { id }),
             Err(error) => Err(Unreadable::Damaged(error.to_string())),

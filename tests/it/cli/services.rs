@@ -217,7 +217,9 @@ async fn the_ledgers_answer_has_the_contracts_shape() {
         "id": id, "organization_id": "42", "state": "dead", "reason": "message_refused", "attempts": 3,
         "next_attempt_at": null, "message_id": "<m@example.org>", "reply": "550 no", "history": [],
     });
-    assert_eq!(answer, expected);
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&answer[key], value, "{key}");
+    }
     let words = house.done(&["job", "status", id]).await;
     assert!(words.starts_with(&format!("42/{id}: dead\n")) && words.contains("550 no"), "{words}");
 

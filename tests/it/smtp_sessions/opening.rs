@@ -1,9 +1,13 @@
 //! Greeting, EHLO and AUTH: every way in which a server can fail there.
 
+use std::net::SocketAddr;
+
+use futures_util::future::join_all;
 use sendoff::model::failure::Fault;
 
 use super::*;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
+use crate::support::world::own_address;
 
 /// A server in the clear that demands a login, and a client that may give it.
 async fn login_server(configure: impl FnOnce(&mut Behaviour)) -> SmtpServer {
@@ -38,21 +42,23 @@ async fn a_server_that_is_gone_before_the_session_is_open_is_a_lost_connection()
 
 #[tokio::test]
 async fn a_server_that_says_nothing_is_a_timeout() {
-    for (stage, phase) in STAGES {
+    join_all(STAGES.map(async |(stage, phase)| {
         let server = login_server(|b| b.rule(Rule::new(stage, Action::Silence))).await;
         let failure = failure_of_opening(&server, IMPATIENT).await;
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]
 async fn a_server_that_drips_its_reply_does_not_stretch_the_deadline() {
-    for (stage, phase) in STAGES {
+    join_all(STAGES.map(async |(stage, phase)| {
         let drip = Action::Drip(b"250 slowly slowly slowly".to_vec(), SHORT / 8);
         let server = login_server(|b| b.rule(Rule::new(stage, drip))).await;
         let failure = failure_of_opening(&server, IMPATIENT).await;
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]
@@ -156,7 +162,7 @@ async fn a_server_without_a_usable_mechanism_is_told_by_what_it_offers() {
 
 #[tokio::test]
 async fn a_port_where_nobody_listens_is_unreachable() {
-    let server = SmtpServer::start(|_| {}).await;
+    let server = SmtpServer::start_at(SocketAddr::from((own_address(4), 0)), |_| {}).await;
     let account = account(&server);
     let closed = server.address();
     drop(server);

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::future::join_all;
 use sendoff::model::failure::Fault;
 
 use super::*;
@@ -122,13 +123,14 @@ async fn a_server_that_accepts_and_is_gone_leaves_the_outcome_at_the_final_dot()
 
 #[tokio::test]
 async fn silence_is_a_timeout_at_its_phase() {
-    for (stage, phase) in STAGES {
+    join_all(STAGES.map(async |(stage, phase)| {
         let (_server, mut session) =
             session_by(IMPATIENT, |b| b.rule(Rule::new(stage, Action::Silence))).await;
         let failure = failure(send(&mut session, 1).await);
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
         assert!(!session.is_usable());
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]
@@ -142,12 +144,13 @@ async fn a_server_that_stops_reading_the_message_is_a_timeout() {
 
 #[tokio::test]
 async fn a_dripped_reply_does_not_stretch_its_deadline() {
-    for (stage, phase) in STAGES {
+    join_all(STAGES.map(async |(stage, phase)| {
         let drip = Action::Drip(b"250 slowly slowly slowly".to_vec(), SHORT / 8);
         let (_server, mut session) = session_by(IMPATIENT, |b| b.rule(Rule::new(stage, drip))).await;
         let failure = failure(send(&mut session, 1).await);
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]

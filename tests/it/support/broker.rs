@@ -16,8 +16,9 @@ use sendoff::model::lanes::Lane;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// Waiting for anything that should happen.
-pub const SOON: Duration = Duration::from_secs(20);
+/// Waiting for anything that should happen, on a machine that is busy with other tests. What is awaited may itself take
+/// half a minute aside and twenty seconds until a worker counts as dead; no test lets this time pass.
+pub const SOON: Duration = Duration::from_secs(90);
 
 /// The broker's URL.
 pub fn amqp_url() -> String {
@@ -126,6 +127,23 @@ impl TestBroker {
         self.topology.declare(&self.settings.access, &[]).await.expect("a fresh prefix can be declared");
     }
 
+    /// Declares the tap: a queue of the test's own with a copy of each dead letter from now on. A worker that runs empties
+    /// `P.dead` into the archive, so a test that wants to see a letter takes it from here.
+    pub async fn declare_tap(&self) {
+        let (tap, dead) = (self.tap(), self.name("dead"));
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        let declared = self.channel.queue_declare(tap.as_str().into(), options, FieldTable::default()).await;
+        declared.expect("a queue");
+        let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
+        let bound = self.channel.queue_bind(tap.into(), dead.into(), "".into(), options, arguments).await;
+        bound.expect("the exchange of the dead letters exists");
+    }
+
+    /// The tap's name.
+    pub fn tap(&self) -> String {
+        self.name("tap")
+    }
+
     /// A full name under the prefix, say `jobs.reminders`.
     pub fn name(&self, rest: &str) -> String {
         format!("{}.{rest}", self.prefix)
@@ -143,6 +161,11 @@ impl TestBroker {
             self.channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await;
         let confirm = sent.expect("published").await.expect("confirmed");
         assert_eq!(confirm, Confirmation::Ack(None), "{exchange} {routing_key}");
+    }
+
+    /// Publishes many messages to `P.jobs`, then waits for every confirm.
+    pub async fn publish_jobs(&self, routing_key: &str, bodies: &[Vec<u8>]) {
+        publish_all(&self.channel, &self.name("jobs"), routing_key, bodies).await;
     }
 
     /// Messages ready in a queue, without those in a worker's hands; `None` when there is no such queue.
@@ -222,6 +245,7 @@ impl TestBroker {
             let options = QueueDeleteOptions::default();
             let _gone = self.channel.queue_delete(queue.name.as_str().into(), options).await;
         }
+        let _gone = self.channel.queue_delete(self.tap().into(), QueueDeleteOptions::default()).await;
         for exchange in &self.topology.exchanges {
             let options = ExchangeDeleteOptions::default();
             let _gone = self.channel.exchange_delete(exchange.name.as_str().into(), options).await;
@@ -230,12 +254,27 @@ impl TestBroker {
     }
 }
 
+/// Publishes persistent messages over a channel in confirm mode, and waits for every confirm behind the last one.
+pub async fn publish_all(channel: &Channel, exchange: &str, routing_key: &str, bodies: &[Vec<u8>]) {
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let mut confirms = Vec::new();
+    for body in bodies {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties);
+        confirms.push(sent.await.expect("published"));
+    }
+    for confirm in confirms {
+        assert_eq!(confirm.await.expect("confirmed"), Confirmation::Ack(None), "{exchange} {routing_key}");
+    }
+}
+
 fn unique() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
-async fn confirming(connection: &Connection) -> Channel {
+/// A channel in confirm mode.
+pub async fn confirming(connection: &Connection) -> Channel {
     let channel = connection.create_channel().await.expect("a channel");
     channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
     channel

@@ -2,13 +2,14 @@
 //! Guarantee: it is dropped when the test ends, connections or not.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use secrecy::SecretString;
 use sendoff::store::Store;
 use sha2::{Digest, Sha256};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+
+use super::broker::SOON;
 
 /// Only one program at a time makes the template.
 const TEMPLATE_LOCK: i64 = 0x5e0d_7e57;
@@ -155,7 +156,7 @@ async fn make_template(server: &str, admin: &mut PgConnection, name: &str) {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), renaming).await.expect("the migrating session has ended");
+    tokio::time::timeout(SOON, renaming).await.expect("the migrating session has ended");
 }
 
 /// Of the migrations' texts, in order.

@@ -4,6 +4,7 @@ pub mod broker;
 pub mod certs;
 pub mod database;
 pub mod dns;
+pub mod letters;
 pub mod proxy;
 pub mod smtp_server;
 pub mod story;

@@ -38,7 +38,8 @@ impl World {
         .await
     }
 
-    /// Waits until a job is sent, dead or expired, and tells its events in order: `deferred timeout, sent`.
+    /// Waits until a job is sent, dead or expired, and tells its events in order: `deferred timeout, sent`. An end that is
+    /// said again, for a copy that came again, is told once: events come at least once.
     pub async fn story(&self, id: Uuid) -> String {
         let of_job = |event: &Value| event["job_id"] == id.to_string();
         let ends = |event: &Value| {
@@ -47,12 +48,16 @@ impl World {
         };
         self.events.wait_for(ends, SOON).await;
         let events = self.events.all();
-        let told = events.iter().filter(|event| of_job(event)).map(|event| {
+        let mut told: Vec<String> = Vec::new();
+        for event in events.iter().filter(|event| of_job(event)) {
             let kind = event["type"].as_str().unwrap_or_default().trim_start_matches("email.");
             let reason = event["reason"].as_str().unwrap_or_default();
-            format!("{kind} {reason}").trim_end().to_owned()
-        });
-        told.collect::<Vec<_>>().join(", ")
+            let words = format!("{kind} {reason}").trim_end().to_owned();
+            if !ends(event) || !told.contains(&words) {
+                told.push(words);
+            }
+        }
+        told.join(", ")
     }
 }
 
@@ -61,9 +66,9 @@ impl World {
 pub struct Letters(Vec<Message>);
 
 impl Letters {
-    /// The letter of a job, taken off the queue.
+    /// The letter of a job, taken off the tap.
     pub async fn of(&mut self, world: &World, id: Uuid) -> Message {
-        let queue = world.broker.name("dead");
+        let queue = world.broker.tap();
         let mut position = None;
         eventually(&format!("a dead letter of {id}"), async || {
             self.0.extend(world.broker.drain(&queue).await);
@@ -74,9 +79,9 @@ impl Letters {
         self.0.swap_remove(position.expect("just seen"))
     }
 
-    /// How many letters are left over once the queue is drained.
+    /// How many letters are left over once the tap is drained.
     pub async fn left(&mut self, world: &World) -> usize {
-        self.0.extend(world.broker.drain(&world.broker.name("dead")).await);
+        self.0.extend(world.broker.drain(&world.broker.tap()).await);
         self.0.len()
     }
 }

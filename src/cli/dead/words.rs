@@ -1,0 +1,228 @@
+//! A dead letter in words: what died, why and when, what comes next, and what people did with it.
+//! Guarantee: nothing of its content, and no address.
+
+use time::OffsetDateTime;
+
+use crate::cli::output::harmless;
+use crate::cli::story::{advice, because, counted, fact, masked, moment};
+use crate::model::failure::Reason;
+use crate::model::ledger::{JobStatus, State};
+use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
+
+/// The letter's own story; `ledger` is what became of its job, where the ledger knows.
+pub(in crate::cli) fn letter(
+    letter: &Letter,
+    ledger: Option<&JobStatus>,
+    now: OffsetDateTime,
+) -> Vec<String> {
+    let mut lines = vec![
+        format!("It died at {}, {}.", moment(letter.died_at, now), because(letter.reason)),
+        what_next(letter, ledger),
+    ];
+    let mut add = |name: &str, value: Option<String>| lines.extend(value.map(|value| fact(name, &value)));
+    add("detail", letter.detail.as_deref().map(masked));
+    add("letter", Some(letter.letter.to_string()));
+    add("kind", letter.kind.as_deref().map(masked));
+    add("lane", letter.lane.as_deref().map(masked));
+    add("routing key", Some(masked(&letter.routing_key)));
+    add("attempts", Some(letter.attempts.to_string()));
+    add("first seen", letter.first_at.map(|at| moment(at, now)));
+    add("archived", Some(moment(letter.archived_at, now)));
+    add("expires", letter.expires_at.map(|at| moment(at, now)));
+    let revision = letter.revision.as_ref();
+    add("booking", revision.map(|r| format!("{}, sequence {}", masked(&r.group), r.sequence)));
+    add("only for", letter.recipients.as_deref().map(positions));
+    add("body", Some(counted(letter.bytes as usize, "byte")));
+    add("deaths", (letter.deaths > 1).then(|| letter.deaths.to_string()));
+    lines.extend(deeds(letter, ledger, now));
+    lines
+}
+
+/// What people did with a letter, and what came of each replay.
+pub(in crate::cli) fn deeds(letter: &Letter, ledger: Option<&JobStatus>, now: OffsetDateTime) -> Vec<String> {
+    let history = history(letter, ledger);
+    if history.is_empty() {
+        return Vec::new();
+    }
+    let mut lines = vec!["Replays and discards:".to_owned()];
+    lines.extend(
+        history.iter().enumerate().map(|(at, deed)| format!("  {}. {}", at + 1, told(deed, letter, now))),
+    );
+    lines
+}
+
+/// The letter's history, with the outcome of its last replay from the ledger where the archive has none yet.
+pub(super) fn history(letter: &Letter, ledger: Option<&JobStatus>) -> Vec<LetterDeed> {
+    let mut history = letter.history.clone();
+    let replayed = matches!(letter.state, LetterState::Replayed | LetterState::Dead);
+    if let (Some(last), Some(status)) = (history.last_mut(), ledger)
+        && replayed
+        && last.what == Deed::Replay
+        && last.outcome.is_none()
+        // A row of before the replay tells of something else.
+        && letter.replay_turn.is_some_and(|turn| status.turn >= turn)
+    {
+        last.outcome = Some(DeedOutcome {
+            state: status.state.as_str().to_owned(),
+            reason: status.reason,
+            at: Some(status.updated_at),
+        });
+    }
+    history
+}
+
+fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
+    let (at, by) = (moment(deed.at, now), harmless(&deed.by));
+    if deed.what == Deed::Discard {
+        return format!("{at}, discarded by {by}");
+    }
+    let outcome = match &deed.outcome {
+        None if letter.state == LetterState::Replaying => "its copy is not confirmed yet".to_owned(),
+        None => "its outcome is not known".to_owned(),
+        Some(DeedOutcome { state, reason, at }) => {
+            let words = match State::from_name(state) {
+                Some(State::Sent) => "sent".to_owned(),
+                Some(State::Dead) => "it died again".to_owned(),
+                Some(State::Deferred) => "it waits for its next attempt".to_owned(),
+                Some(State::Claimed) => "a worker has it".to_owned(),
+                _ => harmless(state),
+            };
+            let why = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            let at = at.map(|at| format!(" at {}", moment(at, now))).unwrap_or_default();
+            format!("{words}{why}{at}")
+        }
+    };
+    format!("{at}, replayed by {by}: {outcome}")
+}
+
+fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
+    let id = letter.id();
+    match letter.state {
+        LetterState::Parked => {
+            "Next: it goes back to its lane by itself once its organization's configuration works.".to_owned()
+        }
+        LetterState::Replaying => {
+            format!(
+                "Next: it is being replayed. If that was broken off, `sendoff dead replay --id {id}` ends it."
+            )
+        }
+        LetterState::Replayed => match ledger {
+            None => "Next: it was replayed; the ledger has forgotten what came of it.".to_owned(),
+            Some(status) => format!("Next: it was replayed; the job is {} now.", status.state.as_str()),
+        },
+        LetterState::Discarded => {
+            format!(
+                "Next: nothing, it was discarded. `sendoff dead replay --state discarded --id {id}` sends it still."
+            )
+        }
+        LetterState::Dead if ledger.is_some_and(|status| status.reason == Some(Reason::UnknownOutcome)) => {
+            format!("Next: {}.", advice(Reason::UnknownOutcome, id))
+        }
+        LetterState::Dead => format!("Next: {}.", advice(letter.reason, id)),
+    }
+}
+
+fn positions(recipients: &[u16]) -> String {
+    let all: Vec<_> = recipients.iter().map(ToString::to_string).collect();
+    format!("recipient {} (over to, cc, bcc, from 0)", all.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use time::Duration;
+    use time::macros::datetime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::model::job::JobKey;
+    use crate::model::ledger::Turn;
+    use crate::model::letter::LetterId;
+
+    const NOW: OffsetDateTime = datetime!(2030-01-07 09:00 UTC);
+
+    fn replayed(state: LetterState) -> Letter {
+        Letter {
+            letter: LetterId(Uuid::from_u128(8)),
+            key: Some(JobKey { organization: None, id: Uuid::from_u128(7) }),
+            kind: None,
+            lane: None,
+            routing_key: "notification.ann@example.org".into(),
+            state,
+            reason: Reason::Timeout,
+            detail: None,
+            attempts: 1,
+            first_at: None,
+            died_at: NOW - Duration::hours(3),
+            archived_at: NOW - Duration::hours(3),
+            expires_at: None,
+            revision: None,
+            turn: Turn(1),
+            recipients: Some(vec![1, 3]),
+            deaths: 2,
+            replays: 1,
+            replay_turn: Some(Turn(2)),
+            history: vec![LetterDeed {
+                what: Deed::Replay,
+                at: NOW,
+                by: "cli:\u{1b}[2Jann".into(),
+                outcome: None,
+            }],
+            body_hash: [0; 32],
+            bytes: 7,
+        }
+    }
+
+    fn ledger(state: State, turn: i32) -> JobStatus {
+        JobStatus {
+            key: JobKey { organization: None, id: Uuid::from_u128(7) },
+            state,
+            reason: None,
+            detail: None,
+            attempts: 2,
+            next_attempt_at: None,
+            message_id: None,
+            reply: None,
+            refused: Vec::new(),
+            first_at: NOW,
+            updated_at: NOW,
+            turn: Turn(turn),
+            history: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_last_replays_outcome_is_the_ledgers() {
+        let letter = replayed(LetterState::Replayed);
+        let sent = deeds(&letter, Some(&ledger(State::Sent, 2)), NOW);
+        assert_eq!(
+            sent[1],
+            "  1. 2030-01-07T09:00:00Z (0 s ago), replayed by cli:\\u{1b}[2Jann: sent at 2030-01-07T09:00:00Z (0 s ago)"
+        );
+        for stale in [None, Some(&ledger(State::Dead, 1))] {
+            assert!(deeds(&letter, stale, NOW)[1].ends_with("its outcome is not known"));
+        }
+        let replaying = deeds(&replayed(LetterState::Replaying), Some(&ledger(State::Deferred, 2)), NOW);
+        assert!(replaying[1].ends_with("its copy is not confirmed yet"), "{replaying:?}");
+    }
+
+    #[test]
+    fn a_letter_says_what_can_be_done_with_it() {
+        let dead = super::letter(&replayed(LetterState::Dead), None, NOW).join("\n");
+        for words in [
+            "It died at 2030-01-07T06:00:00Z (3 h ago), because the server did not answer in time (timeout).",
+            "sendoff dead replay --id 00000000-0000-0000-0000-000000000007",
+            "recipient 1, 3 (over to, cc, bcc, from 0)",
+            "n…@example.org",
+            "7 bytes",
+        ] {
+            assert!(dead.contains(words), "{words}: {dead}");
+        }
+        let mut held = replayed(LetterState::Dead);
+        held.reason = Reason::UnknownOutcome;
+        assert!(super::letter(&held, None, NOW)[1].contains("--resend-unknown"));
+        held.reason = Reason::Expired;
+        assert!(super::letter(&held, None, NOW)[1].contains("never sent"));
+        let discarded = super::letter(&replayed(LetterState::Discarded), None, NOW);
+        assert!(discarded[1].contains("--state discarded"), "{discarded:?}");
+    }
+}

@@ -1,0 +1,11 @@
+//! Dead letters, where the broker and the archive meet: in by the archivist, out by a replay.
+//! Guarantee: a letter leaves the broker only after the archive has committed it, and the archive only after the ledger has
+//! recorded what is published.
+
+mod archivist;
+pub mod discard;
+mod letter;
+pub mod replay;
+mod retrying;
+
+pub use archivist::{Archivist, OnLoss, PREFETCH};

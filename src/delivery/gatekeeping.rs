@@ -1,0 +1,48 @@
+//! The last look before DATA: whether this claim's message may leave now.
+//! Guarantee: nobody passes without a living incarnation that owns the claim; a mark that is due is in the ledger before.
+
+use crate::model::job::Job;
+use crate::model::ledger::{Claimed, Gate, GateAnswer};
+use crate::model::policy;
+
+use super::attempt::{Gatekeeper, Shut};
+use super::worker::Worker;
+
+/// The last look before DATA, for one claim.
+pub(super) struct Gatekeeping<'a> {
+    pub(super) worker: &'a Worker,
+    pub(super) job: &'a Job,
+    pub(super) claimed: &'a Claimed,
+}
+
+impl Gatekeeper for Gatekeeping<'_> {
+    async fn pass(&self) -> Result<(), Shut> {
+        let Self { worker, job, claimed } = self;
+        if worker.incarnations.current() != Some(claimed.owner) {
+            return Err(Shut::Halted);
+        }
+        if job.is_expired(worker.clock.now()) {
+            return Err(Shut::Expired);
+        }
+        let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
+        if !commit && job.group.is_none() {
+            return Ok(());
+        }
+        let gate = Gate {
+            key: job.key.clone(),
+            owner: claimed.owner,
+            turn: claimed.turn,
+            commit,
+            revision: job.group.clone(),
+        };
+        match worker.ledger.before_data(gate).await {
+            Ok(GateAnswer::Open) => Ok(()),
+            Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
+            Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
+            Err(error) => {
+                worker.database.lost(&error);
+                Err(Shut::Halted)
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The archive as a test sees it, and a way to make its writers wait.
+//! Guarantee: a letter is looked for until it is there.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use secrecy::SecretString;
+use sendoff::model::letter::{Letter, LetterFilter};
+use sendoff::secrets::KeyRing;
+use sendoff::store::{Content, DeadLetters};
+use sqlx::{Connection, PgConnection};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::database::TestDatabase;
+use super::world::{KEYS, World};
+
+/// For many letters, on a machine that is busy with other tests.
+const A_WHILE: Duration = Duration::from_secs(120);
+
+impl World {
+    /// The archive under this world's keys.
+    pub fn archive(&self) -> DeadLetters {
+        archive(&self.database)
+    }
+
+    /// The archive's letter of a job, once it is there.
+    pub async fn letter(&self, id: Uuid) -> Letter {
+        letter(&self.database, id).await
+    }
+
+    /// Waits until the archive has so many letters; all of them, newest first.
+    pub async fn letters(&self, count: usize) -> Vec<Letter> {
+        letters(&self.database, count).await
+    }
+
+    /// What the archive opens of a letter.
+    pub async fn content(&self, letter: &Letter) -> Content {
+        let opened = self.archive().open(letter.letter).await.expect("the database answers");
+        opened.expect("a letter of that name").expect("it opens")
+    }
+}
+
+/// The archive in a test's database, under the keys of every world.
+pub fn archive(database: &TestDatabase) -> DeadLetters {
+    let keys = KeyRing::parse(&[SecretString::from(KEYS)]).expect("a key");
+    DeadLetters::new(database.store(), Arc::new(keys))
+}
+
+/// The letter of a job, once it is there.
+pub async fn letter(database: &TestDatabase, id: Uuid) -> Letter {
+    let store = database.store();
+    let deadline = Instant::now() + A_WHILE;
+    loop {
+        let found = store.letters_of(id, None).await.expect("the database answers");
+        if let Some(letter) = found.into_iter().next() {
+            return letter;
+        }
+        assert!(Instant::now() < deadline, "no letter of {id} in the archive");
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+}
+
+/// Waits until there are so many letters; all of them, newest first.
+pub async fn letters(database: &TestDatabase, count: usize) -> Vec<Letter> {
+    let store = database.store();
+    let deadline = Instant::now() + A_WHILE;
+    loop {
+        let found =
+            store.letters(&LetterFilter::default(), None, 10_000).await.expect("the database answers");
+        assert!(found.len() <= count, "{} letters instead of {count}", found.len());
+        if found.len() == count {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{} of {count} letters are in the archive", found.len());
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+}
+
+/// Keeps every archivist from writing, for as long as it lives.
+pub struct ArchiveLock(PgConnection);
+
+impl ArchiveLock {
+    /// Readers go on.
+    pub async fn take(database: &TestDatabase) -> Self {
+        let mut session = database.connect().await;
+        for sql in ["BEGIN", "LOCK TABLE dead_letters IN SHARE MODE"] {
+            sqlx::query(sql).execute(&mut session).await.expect("locked");
+        }
+        Self(session)
+    }
+
+    /// Waits until somebody waits for it.
+    pub async fn holds_somebody(&mut self) {
+        const WAITING: &str =
+            "SELECT count(*) FROM pg_locks WHERE relation = 'dead_letters'::regclass AND NOT granted";
+        let deadline = Instant::now() + A_WHILE;
+        loop {
+            let waiting: i64 = sqlx::query_scalar(WAITING).fetch_one(&mut self.0).await.expect("counted");
+            if waiting > 0 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "nobody writes into the archive");
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    }
+
+    /// Lets them go on.
+    pub async fn release(self) {
+        self.0.close().await.expect("closed");
+    }
+}

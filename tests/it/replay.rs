@@ -22,7 +22,6 @@ use sendoff::shutdown::Shutdown;
 use sendoff::store::{DeadLetters, Store};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
 use tokio::process::Child;
 use tokio::time::Instant;
 use uuid::Uuid;

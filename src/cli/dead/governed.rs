@@ -25,6 +25,8 @@ use crate::store::{AuditEntry, OpenEntry, Store};
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest actor, as in control commands.
 const ACTOR_MAX: usize = 128;
+/// Heading of the options that are no conditions.
+pub(super) const HOW: &str = "How";
 /// Columns of the progress bar itself.
 const BAR: u64 = 30;
 
@@ -37,13 +39,13 @@ pub(super) struct GovernedArgs {
     #[arg(long)]
     all: bool,
     /// Print what would happen and change nothing
-    #[arg(long)]
+    #[arg(long, help_heading = HOW)]
     pub(super) dry_run: bool,
     /// Who does it, for the audit log; the operating system's user unless given
-    #[arg(long = "as", value_name = "ACTOR", value_parser = actor)]
+    #[arg(long = "as", help_heading = HOW, value_name = "ACTOR", value_parser = actor)]
     actor: Option<String>,
     /// Print the result as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = HOW)]
     pub(super) json: bool,
 }
 

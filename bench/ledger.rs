@@ -60,6 +60,11 @@ FROM (
     FROM generate_series(1, $1) AS n
 ) AS jobs";
 
+/// How full the schema has the pages of the table.
+const FILLED: &str = "
+SELECT coalesce(substring(array_to_string(reloptions, ' ') FROM 'fillfactor=(\\d+)'), '100')
+FROM pg_class WHERE oid = 'jobs'::regclass";
+
 /// Bytes of log, updates, those within their page, pages found and read.
 const COUNTERS: &str = "
 SELECT (pg_current_wal_lsn() - '0/0'::pg_lsn)::bigint, n_tup_upd, n_tup_hot_upd,
@@ -209,8 +214,11 @@ impl Book {
 
     async fn fill(&self) -> anyhow::Result<()> {
         let mut session = self.connect().await?;
-        run(&mut session, "TRUNCATE jobs".to_owned()).await?;
+        let filled: String = sqlx::query_scalar(FILLED).fetch_one(&mut session).await?;
+        // As full as settles leave the pages: gaps that a claim fits in would be filled first.
+        run(&mut session, "TRUNCATE jobs; ALTER TABLE jobs SET (fillfactor = 60)".to_owned()).await?;
         sqlx::query(FILL).bind(self.rows).bind(self.ids == Ids::Random).execute(&mut session).await?;
+        run(&mut session, format!("ALTER TABLE jobs SET (fillfactor = {filled})")).await?;
         run(&mut session, "VACUUM ANALYZE jobs".to_owned()).await
     }
 

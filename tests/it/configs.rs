@@ -857,11 +857,11 @@ async fn a_job_is_shown_to_its_own_organization_only() {
         json!({"id": "01936a5e-0000-7000-8000-000000000002"}),
     );
     let shown = world.ok("job.status", "acme", first.clone()).await;
-    assert_eq!(
-        shown,
-        json!({"id": first["id"], "organization_id": "acme", "state": "dead", "reason": "message_refused",
-            "attempts": 3, "next_attempt_at": null, "message_id": null, "reply": "550 no", "history": []})
-    );
+    let contract = json!({"id": first["id"], "organization_id": "acme", "state": "dead", "reason": "message_refused",
+        "attempts": 3, "next_attempt_at": null, "message_id": null, "reply": "550 no", "history": []});
+    for (key, value) in contract.as_object().expect("an object") {
+        assert_eq!(shown.get(key), Some(value), "{key}: {shown}");
+    }
     assert_eq!(world.error("job.status", "evil", first).await, code("not_found", "id"));
     assert_eq!(world.error("job.status", "acme", second.clone()).await, code("not_found", "id"));
     assert_eq!(world.error("job.status", "acme", json!({"id": "x"})).await, code("invalid_field", "id"));

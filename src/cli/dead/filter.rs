@@ -14,12 +14,9 @@ use crate::model::failure::Reason;
 use crate::model::letter::{LetterFilter, LetterState};
 use crate::model::organization::OrganizationId;
 
-/// What the options stand under in a command's help.
-pub(super) const WHICH: &str = "Which letters (each option given must hold; lists: repeat, or use commas)";
-
 /// The options. Those that are lists may be repeated, and take several values with commas.
 #[derive(Debug, Args)]
-#[command(next_help_heading = WHICH)]
+#[command(next_help_heading = "Which letters (each option given must hold; lists: repeat, or use commas)")]
 pub(in crate::cli) struct FilterArgs {
     /// Of these organizations. `platform` is an organization's id like any other here: see --platform
     #[arg(long, value_name = "ORG", value_delimiter = ',', value_parser = OrganizationId::parse)]

@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::filter::{FilterArgs, WHICH};
+use super::filter::FilterArgs;
 use super::list::organization;
 use crate::cli::exit::BadArgument;
 use crate::cli::output;
@@ -25,27 +25,28 @@ use crate::store::{AuditEntry, OpenEntry, Store};
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest actor, as in control commands.
 const ACTOR_MAX: usize = 128;
+/// Heading of the options that are no conditions.
+pub(super) const HOW: &str = "How";
 /// Columns of the progress bar itself.
 const BAR: u64 = 30;
 
 /// Which letters, by whom, and whether in earnest.
 #[derive(Debug, Args)]
 pub(super) struct GovernedArgs {
-    /// Every letter, whatever it is; --limit bounds it
-    #[arg(long, help_heading = WHICH)]
-    all: bool,
-    /// Print what would happen and change nothing
-    #[arg(long)]
-    pub(super) dry_run: bool,
-    /// Who does it, for the audit log; the operating system's user unless given
-    #[arg(long = "as", value_name = "ACTOR", value_parser = actor)]
-    actor: Option<String>,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub(super) json: bool,
-    // Last, for what follows would stand under its heading.
     #[command(flatten)]
     pub(super) which: FilterArgs,
+    /// Every letter, whatever it is; --limit bounds it
+    #[arg(long)]
+    all: bool,
+    /// Print what would happen and change nothing
+    #[arg(long, help_heading = HOW)]
+    pub(super) dry_run: bool,
+    /// Who does it, for the audit log; the operating system's user unless given
+    #[arg(long = "as", help_heading = HOW, value_name = "ACTOR", value_parser = actor)]
+    actor: Option<String>,
+    /// Print the result as JSON
+    #[arg(long, help_heading = HOW)]
+    pub(super) json: bool,
 }
 
 impl GovernedArgs {

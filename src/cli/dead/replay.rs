@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::governed::{self, GOES_ON, GovernedArgs, PATIENCE, Progress, count, say};
+use super::governed::{self, GOES_ON, GovernedArgs, HOW, PATIENCE, Progress, count, say};
 use crate::broker::wire::WireLimits;
 use crate::broker::{Broker, PublishError};
 use crate::cli::exit::{BadArgument, Done};
@@ -35,26 +35,26 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
     the run was ended before or a canary died again, 3 when the database or the broker was away for 60 s."
 )]
 pub(in crate::cli) struct ReplayArgs {
-    /// Letters a second
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    rate: u32,
-    /// Replay N first, wait for their outcomes, and go on only if every one was sent
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
-    canary: Option<u64>,
-    /// How long to wait for the canaries' outcomes: say 90s or 10m
-    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration, requires = "canary")]
-    canary_wait: Duration,
-    /// Leave out letters that died again after so many replays
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    max_replays: u32,
-    /// Replay letters whose outcome is unknown, too: their recipients may get a second copy
-    #[arg(long)]
-    resend_unknown: bool,
-    /// Lane for letters whose routing key no lane takes; they are left out unless given
-    #[arg(long, value_name = "NAME")]
-    lane: Option<String>,
     #[command(flatten)]
     governed: GovernedArgs,
+    /// Letters a second
+    #[arg(long, help_heading = HOW, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rate: u32,
+    /// Replay N first, wait for their outcomes, and go on only if every one was sent
+    #[arg(long, help_heading = HOW, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    canary: Option<u64>,
+    /// How long to wait for the canaries' outcomes: say 90s or 10m
+    #[arg(long, help_heading = HOW, value_name = "TIME", default_value = "600s", value_parser = duration, requires = "canary")]
+    canary_wait: Duration,
+    /// Leave out letters that died again after so many replays
+    #[arg(long, help_heading = HOW, value_name = "N", default_value_t = 3)]
+    max_replays: u32,
+    /// Replay letters whose outcome is unknown, too: their recipients may get a second copy
+    #[arg(long, help_heading = HOW)]
+    resend_unknown: bool,
+    /// Lane for letters whose routing key no lane takes; they are left out unless given
+    #[arg(long, help_heading = HOW, value_name = "NAME")]
+    lane: Option<String>,
 }
 
 pub(in crate::cli) async fn run(args: &ReplayArgs, settings: &Settings) -> anyhow::Result<Done> {

@@ -111,16 +111,19 @@ as_account() {
 }
 
 # detach KIND PIDFILE COMMAND...: in a session of its own (a Ctrl-C is not for it), without our locks. It notes its id itself
-# before it lets go of the service's lock: who holds the lock knows of every process.
+# before it lets go of the service's lock, and before this returns: who holds the lock knows of every process, and who asks
+# for this one is not told of the one before it.
 detach() {
   local pidfile=$2
   prefix_for "$1"
+  rm -f -- "$pidfile"
   (
     # No $(...) here: to such a one a Ctrl-C is not ignored.
-    { printf '%s ' "$BASHPID" && start_time "$BASHPID"; } >"$pidfile"
+    { printf '%s ' "$BASHPID" && start_time "$BASHPID"; } >"$pidfile.new" && mv -- "$pidfile.new" "$pidfile"
     cd /
     exec setsid "${AS[@]}" "${@:3}" </dev/null >>"${pidfile%/*}/output" 2>&1 9>&-
   ) &
+  until [[ -e $pidfile ]] || ! kill -0 "$!" 2>/dev/null; do sleep 0.01; done
 }
 
 # A process's start time in clock ticks since boot: with the id it names one process, whatever ids are used again.

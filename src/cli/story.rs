@@ -138,7 +138,7 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
             None => format!("It waits for its next attempt since {since}{why}."),
         },
         State::Parked => format!("It waits for its organization's configuration since {since}{why}."),
-        State::Dead => format!("It was given up at {since}{why}."),
+        State::Dead => format!("It died at {since}{why}."),
         State::Unknown => format!(
             "The worker that took it up at {since} is gone: it cannot be known whether the server accepted it."
         ),
@@ -156,10 +156,7 @@ fn what_next(status: &JobStatus) -> Option<String> {
         State::Sent | State::Cancelled => return None,
         State::Claimed => "Next: the worker records what came of the attempt.".to_owned(),
         State::Deferred => "Next: its copy comes back to the lane, and a worker tries again.".to_owned(),
-        State::Parked => {
-            "Next: it goes back to its lane by itself once the configuration works, or is given up."
-                .to_owned()
-        }
+        State::Parked => "Next: it goes back to its lane by itself once the configuration works.".to_owned(),
         State::Dead => {
             let advice = advice(status.reason.unwrap_or(Reason::Internal), id);
             format!("Next: nothing by itself; {advice}.")
@@ -313,7 +310,7 @@ mod tests {
         let dead = job(&status(State::Dead, Some(Reason::MessageRefused)), NOW);
         assert_eq!(
             dead[0],
-            "It was given up at 2030-01-07T06:00:00Z (3 h ago), because the server refused the message \
+            "It died at 2030-01-07T06:00:00Z (3 h ago), because the server refused the message \
              (message_refused)."
         );
         assert!(

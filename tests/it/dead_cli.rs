@@ -482,7 +482,7 @@ async fn a_jobs_story_is_told_in_words_with_each_attempt() {
     let story = house.done(&["job", "status", &id(1)]).await;
     shows_nobody(&story);
     for words in [
-        &format!("42/{}: dead\nIt was given up at ", id(1)),
+        &format!("42/{}: dead\nIt died at ", id(1)),
         "(1 h ago), because the server refused the message (message_refused).\nNext: nothing by itself; treat the cause, then `sendoff dead replay",
         "Attempts (2 of 3 are kept):\n  1. 2026-11-20T12:00:00Z",
         "  2. 2026-11-20T12:05:00Z",

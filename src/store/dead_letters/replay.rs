@@ -1,4 +1,4 @@
-//! Letters looked at for a replay, oldest first, and marked once it is through; letters given up.
+//! Letters looked at for a replay, oldest first, and marked once it is through; letters discarded.
 //! Guarantee: looking locks and changes nothing; a mark changes only a row that is still as the replay or the discard left
 //! or found it.
 

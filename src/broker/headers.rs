@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 
 use super::names::Names;
 use super::topology::short;
@@ -446,8 +446,10 @@ fn recipients_of(headers: &FieldTable) -> Option<Vec<u16>> {
     (ascend && positions.len() <= RECIPIENTS_MAX).then_some(positions)
 }
 
+/// In UTC, where it can still be written: not the first hours of the year 0 in the east, nor the last of 9999 in the west.
 fn time_of(headers: &FieldTable, name: &str) -> Option<OffsetDateTime> {
-    OffsetDateTime::parse(&text_of(headers, name, 64)?, &Rfc3339).ok()
+    let at = OffsetDateTime::parse(&text_of(headers, name, 64)?, &Rfc3339).ok()?;
+    at.checked_to_offset(UtcOffset::UTC).filter(|at| at.year() >= 0)
 }
 
 #[cfg(test)]

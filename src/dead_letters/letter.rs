@@ -3,7 +3,8 @@
 //! shows no address.
 
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
+use time::macros::datetime;
+use time::{OffsetDateTime, UtcOffset};
 
 use crate::broker::Received;
 use crate::broker::wire;
@@ -30,7 +31,7 @@ pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
         first_at: received.first_at,
         died_at: death.and_then(|death| death.died_at).unwrap_or(now),
         redelivered: received.redelivered,
-        expires_at: told.expires_at,
+        expires_at: told.expires_at.map(in_utc),
         revision: told.revision,
         turn: received.turn,
         recipients: received.recipients.clone(),
@@ -38,6 +39,13 @@ pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
         body_hash: Sha256::digest(&received.body).into(),
         properties: properties.expect("texts, numbers and flags under names that are texts are JSON"),
     }
+}
+
+/// The database keeps UTC, in which not every time can be written that an offset allows: in the east the year 0 begins some
+/// hours before it does there, and in the west the year 9999 goes on for some.
+fn in_utc(at: OffsetDateTime) -> OffsetDateTime {
+    let (first, last) = (datetime!(0000-01-01 0:00 UTC), datetime!(9999-12-31 23:59:59 UTC));
+    at.checked_to_offset(UtcOffset::UTC).unwrap_or(last).max(first)
 }
 
 /// The event of a death by the broker.
@@ -56,7 +64,6 @@ pub(super) fn event_of(letter: &NewLetter) -> Event {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use time::macros::datetime;
 
     use super::*;
     use crate::broker::{Carried, Death};

@@ -1,6 +1,6 @@
 //! Whether a dead letter may be replayed, and as what: the only place that decides it.
 //! Guarantee: pure; nothing that was accepted, or may have been, is replayed without being asked for, and nothing that is
-//! past its time at all.
+//! past its time is recorded as a replay at all.
 
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -143,8 +143,20 @@ pub fn decide(
     if let Some(settled) = ledger.and_then(|ledger| settled(letter, ledger)) {
         return Err(settled);
     }
-    out_of_date(letter, newest_sequence, now)?;
-    if letter.state == LetterState::Dead && letter.replays >= rules.max_replays {
+    let in_replay = matches!(letter.state, LetterState::Replaying | LetterState::Replayed);
+    let resumed = ledger
+        .filter(|ledger| in_replay && ledger.state == State::Deferred)
+        .filter(|ledger| letter.replay_turn == Some(ledger.turn))
+        .map(|ledger| Replay { turn: ledger.turn, pending: ledger.pending.clone(), resumed: true });
+    // The ledger waits for a copy that may not be there, whatever the time: who claims it finds out that it is past, and
+    // makes it dead.
+    if resumed.is_none() || letter.state == LetterState::Replayed {
+        out_of_date(letter, newest_sequence, now)?;
+    }
+    if let Some(resumed) = resumed {
+        return Ok(resumed);
+    }
+    if !in_replay && letter.replays >= rules.max_replays {
         return Err(Skip::TooManyReplays);
     }
     let fresh = |after: Turn, pending| Ok(Replay { turn: after.next(), pending, resumed: false });
@@ -154,14 +166,18 @@ pub fn decide(
         return fresh(letter.turn, letter.recipients.clone());
     };
     match ledger.state {
-        State::Sent => fresh(ledger.turn, Some(refused_of(letter, ledger))),
+        State::Sent => {
+            let positions = refused_of(letter, ledger);
+            let uncertain = |refused: &RefusedRecipient| {
+                refused.reason == Reason::UnknownOutcome && positions.contains(&refused.index)
+            };
+            unknown(ledger.unknowns > 0 || ledger.refused.iter().any(uncertain))?;
+            fresh(ledger.turn, Some(positions))
+        }
         State::Claimed if ledger.owner_lives => Err(Skip::InProgress),
         State::Claimed | State::Unknown => {
             unknown(true)?;
             fresh(ledger.turn, ledger.pending.clone())
-        }
-        State::Deferred if letter.replay_turn == Some(ledger.turn) && letter.state != LetterState::Dead => {
-            Ok(Replay { turn: ledger.turn, pending: ledger.pending.clone(), resumed: true })
         }
         // The broker killed the very copy that is waited for.
         State::Deferred if letter.turn == ledger.turn => {
@@ -172,10 +188,7 @@ pub fn decide(
         State::Parked => Err(Skip::Parked),
         State::Cancelled => Err(Skip::Cancelled),
         // The replay's copy died; the letter of that death is on its way.
-        State::Dead
-            if letter.state != LetterState::Dead
-                && letter.replay_turn.is_some_and(|turn| turn < ledger.turn) =>
-        {
+        State::Dead if in_replay && letter.replay_turn.is_some_and(|turn| turn < ledger.turn) => {
             Err(Skip::InProgress)
         }
         State::Dead => {

@@ -114,6 +114,28 @@ fn an_unknown_outcome_is_replayed_only_when_that_is_asked_for() {
 }
 
 #[test]
+fn recipients_of_whom_nobody_knows_are_replayed_only_when_that_is_asked_for_although_others_have_accepted() {
+    let partial = letter(|letter| letter.recipients = Some(vec![1, 3]));
+    let other_than_meant = ledger(State::Sent, |view| {
+        view.refused = refused(&[1, 2, 3]);
+        view.refused[1].reason = Reason::UnknownOutcome;
+    });
+    assert_eq!(decide(&partial, Some(&other_than_meant), None, &RULES, NOW), fresh(5, Some(vec![1, 3])));
+    let uncertain = ledger(State::Sent, |view| {
+        view.refused = refused(&[1, 3]);
+        view.refused[1].reason = Reason::UnknownOutcome;
+    });
+    let earlier = ledger(State::Sent, |view| {
+        view.refused = refused(&[1, 3]);
+        view.unknowns = 1;
+    });
+    for case in [uncertain, earlier] {
+        assert_eq!(decide(&partial, Some(&case), None, &RULES, NOW), Err(Skip::UnknownOutcome), "{case:?}");
+        assert_eq!(decide(&partial, Some(&case), None, &FORCED, NOW), fresh(5, Some(vec![1, 3])), "{case:?}");
+    }
+}
+
+#[test]
 fn what_is_on_its_way_is_left_alone() {
     let held = ledger(State::Claimed, |view| view.owner_lives = true);
     assert_eq!(decide(&letter(|_| {}), Some(&held), None, &FORCED, NOW), Err(Skip::InProgress));
@@ -144,6 +166,37 @@ fn a_replay_that_was_cut_off_is_taken_up_with_the_same_turn() {
     // It died again, and its letter is under way to the archive.
     let died = ledger(State::Dead, |view| view.turn = Turn(6));
     assert_eq!(decide(&cut, Some(&died), None, &RULES, NOW), Err(Skip::InProgress));
+}
+
+#[test]
+fn a_replay_that_was_cut_off_ends_although_its_job_has_expired_meanwhile() {
+    let cut = letter(|letter| {
+        letter.state = LetterState::Replaying;
+        letter.replays = 1;
+        letter.replay_turn = Some(Turn(5));
+        letter.expires_at = Some(NOW);
+    });
+    // Left alone, letter and job would wait for each other for ever.
+    let recorded = ledger(State::Deferred, |view| view.turn = Turn(5));
+    let again = Ok(Replay { turn: Turn(5), pending: None, resumed: true });
+    assert_eq!(decide(&cut, Some(&recorded), None, &RULES, NOW), again);
+    let died = ledger(State::Dead, |view| view.turn = Turn(5));
+    assert_eq!(decide(&cut, Some(&died), None, &RULES, NOW), Err(Skip::Expired));
+}
+
+#[test]
+fn a_letter_that_was_replayed_died_again_and_was_given_up_is_replayed_like_one_that_never_was() {
+    let given_up = |replays| {
+        letter(|letter| {
+            letter.state = LetterState::Discarded;
+            letter.turn = Turn(6);
+            letter.replays = replays;
+            letter.replay_turn = Some(Turn(5));
+        })
+    };
+    let dead = ledger(State::Dead, |view| view.turn = Turn(6));
+    assert_eq!(decide(&given_up(1), Some(&dead), None, &RULES, NOW), fresh(7, None));
+    assert_eq!(decide(&given_up(3), Some(&dead), None, &RULES, NOW), Err(Skip::TooManyReplays));
 }
 
 #[test]

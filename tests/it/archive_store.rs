@@ -278,6 +278,39 @@ async fn the_ledger_learns_of_a_copy_that_the_broker_killed() {
 }
 
 #[tokio::test]
+async fn a_message_that_no_lane_took_ends_no_job_whose_other_copy_is_in_a_lane() {
+    let database = TestDatabase::migrated().await;
+    let archive = archive(&database);
+    ledger_row(&database, &letter(1), "deferred", 0).await;
+    ledger_row(&database, &letter(2), "deferred", 2).await;
+    let moved = NewLetter { turn: Turn(2), ..unroutable(2) };
+    archived(&archive, &[unroutable(1), moved]).await;
+    let dead = "SELECT count(*) FROM jobs WHERE state = 'dead' AND turn = 2";
+    assert_eq!(database.number(dead).await, 1, "a copy of the ledger's was moved to where no lane takes it");
+    assert_eq!(database.number("SELECT count(*) FROM jobs WHERE state = 'deferred'").await, 1);
+}
+
+#[tokio::test]
+async fn a_letter_for_refused_recipients_is_a_death_beside_the_broker_s_of_the_same_turn() {
+    let database = TestDatabase::migrated().await;
+    let archive = archive(&database);
+    // Published where no lane takes it, and then as it should be: the others have accepted.
+    archived(&archive, &[unroutable(1)]).await;
+    ledger_row(&database, &letter(1), "sent", 0).await;
+    let refused = NewLetter { turn: Turn(0), recipients: Some(vec![1]), ..letter(1) };
+    assert_eq!(
+        archived(&archive, &[refused.clone(), refused.clone()]).await,
+        [Archived::Again, Archived::Known]
+    );
+    let found = only(&database, &refused).await;
+    assert_eq!((found.recipients, found.reason, found.deaths), (Some(vec![1]), refused.reason, 2));
+    database.run("UPDATE dead_letters SET state = 'discarded'").await;
+    let redelivered = NewLetter { redelivered: true, ..refused.clone() };
+    assert_eq!(archived(&archive, &[redelivered, unroutable(1)]).await, [Archived::Known; 2]);
+    assert_eq!(only(&database, &refused).await.state, LetterState::Discarded);
+}
+
+#[tokio::test]
 async fn a_body_of_any_bytes_and_length_comes_out_as_it_went_in() {
     let database = TestDatabase::migrated().await;
     let archive = archive(&database);

@@ -85,6 +85,44 @@ fn is_clean(copy: &Message, extra: &[&str]) {
 }
 
 #[tokio::test]
+async fn times_at_the_end_of_all_times_keep_neither_a_job_nor_a_letter_back() {
+    // Where this is the time it is already the year 10000 in UTC, which the database's driver cannot say.
+    const LATE_WEST: &str = "9999-12-31T23:59:59-11:00";
+    // And here it is still the year before 0.
+    const EARLY_EAST: &str = "0000-01-01T00:00:00+14:00";
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let first_at = |at: &str| {
+        let mut headers = FieldTable::default();
+        headers.insert("sendoff-first-at".into(), text(at));
+        BasicProperties::default().with_headers(headers)
+    };
+    let mut never_expires = job(None);
+    never_expires["expires_at"] = json!(LATE_WEST);
+    let mut sent = vec![world.publish(&never_expires).await];
+    for at in [LATE_WEST, EARLY_EAST, "9999-12-31T23:59:59Z"] {
+        sent.push(world.publish_with(&job(None), first_at(at)).await);
+    }
+    for id in &sent {
+        world.state(None, *id, State::Sent).await;
+    }
+    for (at, year) in [(LATE_WEST, 9999), (EARLY_EAST, 0)] {
+        let mut unroutable = job(None);
+        unroutable["expires_at"] = json!(at);
+        let body = serde_json::to_vec(&unroutable).expect("JSON");
+        world.broker.publish_job("newsletter.weekly", &body, first_at(at)).await;
+        let id = unroutable["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
+        let letter = world.letter(id).await;
+        assert_eq!((letter.expires_at.map(|at| at.year()), letter.first_at), (Some(year), None));
+        assert_eq!(world.event("email.dead", id).await["reason"], "unroutable");
+    }
+    world.broker.wait_count(&world.broker.name("dead"), 0).await;
+    assert_eq!(worker.metric("sendoff_panics_total").await, 0.0);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_job_with_hostile_properties_is_retried_and_buried_like_any_other_in_clean_copies() {
     let mut world = World::new().await;
     world.set("SENDOFF__RETRY__SCHEDULE_S", "120");

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::DeadLetters;
 use super::content::SealedContent;
+use crate::model::failure::Reason;
 use crate::model::job::JobKey;
 use crate::model::ledger::Turn;
 use crate::model::letter::{Killer, NewLetter};
@@ -61,7 +62,7 @@ CROSS JOIN LATERAL (
 
 /// A statement of its own, behind the locks: one that had waited for them would see the ledger as it was before.
 const READ: &str = "
-SELECT letter, turn, died_at, EXISTS (
+SELECT letter, turn, died_at, recipients IS NULL AS for_all, EXISTS (
     SELECT FROM jobs
     WHERE jobs.id = job_id AND jobs.organization_id = d.organization_id AND jobs.body_hash = d.body_hash
 ) AS in_ledger
@@ -93,7 +94,8 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int[], $5::timestamptz[], $6
 WHERE d.letter = a.letter";
 
 /// For the broker's kills: nobody has told the ledger that the copy it waits for is dead. The turn stays, for the letter
-/// bears it.
+/// bears it. A publisher's own message that no lane took, of turn 0, is none of the ledger's copies: another one may be in
+/// its lane.
 const BURY: &str = "
 WITH locked AS MATERIALIZED (
     SELECT a.* FROM unnest($1::uuid[], $2::text[], $3::bytea[], $4::int[], $5::text[], $6::text[])
@@ -204,6 +206,8 @@ async fn insert_slice(
 struct Standing {
     turn: Turn,
     died_at: OffsetDateTime,
+    /// It is not for some recipients only.
+    for_all: bool,
     /// The ledger has a row of this key and body, so the turns tell everything.
     in_ledger: bool,
 }
@@ -211,10 +215,14 @@ struct Standing {
 impl Standing {
     /// Whether a letter tells of a death that the archive does not know. Without a turn its time must tell. A worker's
     /// is written in the letter and the same at each delivery; where the broker was the killer it is that of the
-    /// delivery, which tells nothing once the letter was handed out before.
+    /// delivery, which tells nothing once the letter was handed out before. A letter for some recipients bears the turn of
+    /// the copy that the others have accepted, of which another one may have died unseen by the ledger.
     fn is_outlived_by(&self, letter: &NewLetter) -> bool {
         let timed = letter.killer == Killer::Worker || !letter.redelivered;
-        letter.turn > self.turn || (!self.in_ledger && timed && to_micros(letter.died_at) > self.died_at)
+        let of_the_rest = letter.turn == self.turn && self.for_all && letter.recipients.is_some();
+        letter.turn > self.turn
+            || of_the_rest
+            || (!self.in_ledger && timed && to_micros(letter.died_at) > self.died_at)
     }
 }
 
@@ -257,6 +265,7 @@ async fn die_again(
             answers[position] = Archived::Again;
             standing.turn = standing.turn.max(letter.turn);
             standing.died_at = to_micros(letter.died_at);
+            standing.for_all = letter.recipients.is_none();
             let change =
                 change.get_or_insert(Change { letter: id, first: letter, newest: letter, deaths: 0 });
             change.newest = letter;
@@ -284,6 +293,7 @@ async fn lock(
             let standing = Standing {
                 turn: Turn(row.try_get("turn")?),
                 died_at: row.try_get("died_at")?,
+                for_all: row.try_get("for_all")?,
                 in_ledger: row.try_get("in_ledger")?,
             };
             Ok((row.try_get("letter")?, standing))
@@ -318,6 +328,7 @@ async fn bury(session: &mut PgConnection, letters: &[NewLetter]) -> Result<(), s
     let killed: BTreeMap<(Uuid, &str, Turn), (&JobKey, &NewLetter)> = letters
         .iter()
         .filter(|letter| letter.killer == Killer::Broker)
+        .filter(|letter| letter.reason != Reason::Unroutable || letter.turn > Turn(0))
         .filter_map(|letter| letter.key.as_ref().map(|key| (key, letter)))
         .map(|(key, letter)| ((key.id, organization_text(key), letter.turn), (key, letter)))
         .collect();

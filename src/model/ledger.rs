@@ -316,6 +316,21 @@ pub struct AttemptRecord {
     pub ms: u64,
 }
 
+/// Where a job stands, in short.
+#[derive(Debug, Clone)]
+pub struct JobOutcome {
+    /// The job.
+    pub key: JobKey,
+    /// Where it stands.
+    pub state: State,
+    /// Why, unless it is well.
+    pub reason: Option<Reason>,
+    /// Its turn.
+    pub turn: Turn,
+    /// When the row last changed.
+    pub updated_at: OffsetDateTime,
+}
+
 /// The ledger's answer to a person's or a program's question.
 #[derive(Debug, Clone)]
 pub struct JobStatus {
@@ -345,4 +360,17 @@ pub struct JobStatus {
     pub turn: Turn,
     /// Attempts that did not end the job at once.
     pub history: Vec<AttemptRecord>,
+}
+
+impl JobStatus {
+    /// The same in short.
+    pub fn outcome(&self) -> JobOutcome {
+        JobOutcome {
+            key: self.key.clone(),
+            state: self.state,
+            reason: self.reason,
+            turn: self.turn,
+            updated_at: self.updated_at,
+        }
+    }
 }

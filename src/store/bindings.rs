@@ -33,6 +33,19 @@ impl Store {
         Ok(rows.into_iter().map(|(lane, binding)| LaneBinding { lane, binding }).collect())
     }
 
+    /// The prefixes under which a topology was declared for this database, sorted.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn prefixes(&self) -> Result<Vec<String>, StoreError> {
+        self.on_session(async |session| {
+            sqlx::query_scalar("SELECT DISTINCT prefix FROM lane_bindings ORDER BY prefix")
+                .fetch_all(session)
+                .await
+        })
+        .await
+    }
+
     /// Remembers bindings beside those remembered before: a worker declares and takes nothing away.
     ///
     /// # Errors

@@ -307,6 +307,9 @@ async fn a_letter_is_shown_with_its_whole_story_and_its_message_without_its_peop
         ))
         .await;
 
+    let listed = house.json(&["dead", "list"]).await;
+    let outcomes: Vec<_> = (0..2).map(|at| &listed[0]["history"][at]["outcome"]["state"]).collect();
+    assert_eq!(outcomes, ["dead", "sent"], "{listed}");
     let story = house.done(&["dead", "show", &id(1)]).await;
     shows_nobody(&story);
     for words in [

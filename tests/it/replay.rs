@@ -563,6 +563,26 @@ async fn neither_command_begins_without_a_filter_and_a_broker_that_is_away_has_i
 }
 
 #[tokio::test]
+async fn a_replay_under_a_prefix_that_no_worker_of_the_database_has_used_is_refused() {
+    let world = World::new().await;
+    dead_letters(&world, 1).await;
+    world
+        .database
+        .run("INSERT INTO lane_bindings VALUES ('another', 'notifications', 'notification.#')")
+        .await;
+    let (code, out, errors) = world.run(&["dead", "replay", "--all"]).await;
+    assert_eq!((code, out.as_str()), (1, ""), "{errors}");
+    let prefix = &world.broker.prefix;
+    assert!(errors.contains(prefix) && errors.contains("another") && errors.contains("declare"), "{errors}");
+    assert_eq!(letters_in(&world, LetterState::Dead).await, 1);
+    let (code, _, errors) = world.run(&["topology", "declare"]).await;
+    assert_eq!(code, 0, "{errors}");
+    let (code, result) = replay(&world, &["--all"]).await;
+    assert_eq!((code, &result["replayed"]), (0, &json!(1)));
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_discarded_letter_stays_with_its_history_and_is_replayed_only_when_that_is_asked_for() {
     let world = World::new().await;
     let ids = dead_letters(&world, 3).await;

@@ -3,7 +3,7 @@
 
 use futures_util::{StreamExt, stream};
 use sendoff::clock::Clock;
-use sendoff::model::failure::Reason;
+use sendoff::model::failure::{Phase, Reason};
 use sendoff::model::ledger::State;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -59,6 +59,9 @@ async fn check(cases: &[Case], manner: Manner) {
         let ahead: usize = server.sessions().iter().map(|session| session.ahead_of_reply).sum();
         assert_eq!(ahead, 0, "{stage:?} {reply}: commands ahead of a reply that must be awaited");
         assert_eq!(row.reason.map(Reason::as_str), dead, "{stage:?} {reply}");
+        if *stage == Stage::Rcpt {
+            assert_eq!(row.history[0].phase, Phase::Rcpt, "{reply}");
+        }
         if let Some(reason) = dead {
             let letter = letters.of(&world, *id).await;
             assert_eq!(letter.text("sendoff-reason").as_deref(), Some(reason), "{stage:?} {reply}");

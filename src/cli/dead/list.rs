@@ -1,6 +1,8 @@
 //! `sendoff dead list`: dead letters page by page, the one that died last first.
 //! Guarantee: a page begins where the one before ended, whatever was archived meanwhile; a line fits 110 columns.
 
+use std::collections::HashMap;
+
 use anyhow::Context;
 use clap::Args;
 use time::OffsetDateTime;
@@ -8,14 +10,15 @@ use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use super::filter::FilterArgs;
-use super::view;
+use super::{view, words};
 use crate::cli::exit::Done;
 use crate::cli::{output, story};
 use crate::clock::Clock;
-use crate::model::letter::{Letter, LetterId, Place};
+use crate::model::letter::{Letter, LetterDeed, LetterId, Place};
 use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
+use crate::store::{Store, StoreError};
 
 /// Letters of a page unless --limit says otherwise.
 const PAGE: u32 = 50;
@@ -67,7 +70,9 @@ pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<
     let is_more = letters.len() == wanted;
     letters.truncate(limit as usize);
     if args.json {
-        let views: Vec<_> = letters.iter().map(|letter| view::letter(letter, &letter.history)).collect();
+        let histories = histories(&store, &letters).await.context("asking the ledger")?;
+        let views: Vec<_> =
+            letters.iter().zip(&histories).map(|(letter, history)| view::letter(letter, history)).collect();
         output::json(&views)?;
         return Ok(Done::Well);
     }
@@ -84,6 +89,22 @@ pub(super) async fn run(args: &ListArgs, settings: &Settings) -> anyhow::Result<
         Some(_) => {}
     }
     Ok(Done::Well)
+}
+
+/// What was done with each, and what came of it.
+async fn histories(store: &Store, letters: &[Letter]) -> Result<Vec<Vec<LetterDeed>>, StoreError> {
+    let open: Vec<_> = letters
+        .iter()
+        .filter(|letter| words::is_open(letter))
+        .filter_map(|letter| letter.key.as_ref())
+        .collect();
+    let mut outcomes = HashMap::new();
+    for keys in open.chunks(SLICE as usize) {
+        let found = store.job_outcomes(keys).await?;
+        outcomes.extend(found.into_iter().map(|outcome| (outcome.key.clone(), outcome)));
+    }
+    let of = |letter: &Letter| letter.key.as_ref().and_then(|key| outcomes.get(key));
+    Ok(letters.iter().map(|letter| words::history(letter, of(letter))).collect())
 }
 
 fn spelled((died_at, letter): Place) -> String {

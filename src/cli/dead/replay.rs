@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
@@ -20,7 +20,7 @@ use crate::model::letter::LetterState;
 use crate::model::replay::ReplayRules;
 use crate::parts;
 use crate::settings::Settings;
-use crate::store::DeadLetters;
+use crate::store::{DeadLetters, Store};
 
 /// For the broker to be there at the start.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -73,6 +73,7 @@ pub(in crate::cli) async fn run(args: &ReplayArgs, settings: &Settings) -> anyho
         shutdown,
         patience: PATIENCE,
     };
+    someone_works(&store, &settings.amqp.prefix).await?;
     let total = store.count_letters(&order.filter, None, None).await.context("asking the archive")?;
     let progress = Progress::of(order.limit.map_or(total, |limit| total.min(limit)));
     let show = |tally: &Tally| progress.show(tally.done());
@@ -115,6 +116,19 @@ fn order(args: &ReplayArgs, settings: &Settings) -> anyhow::Result<Order> {
     let rules = ReplayRules { max_replays: args.max_replays, resend_unknown: args.resend_unknown };
     let (limit, actor) = (args.governed.limit(), args.governed.actor());
     Ok(Order { filter, limit, rules, lane: args.lane.clone(), actor })
+}
+
+/// A prefix that this database never saw, while it knows others, is a slip: the copies would go where nobody works.
+async fn someone_works(store: &Store, prefix: &str) -> anyhow::Result<()> {
+    let known = store.prefixes().await.context("asking the database")?;
+    if known.is_empty() || known.iter().any(|other| other == prefix) {
+        return Ok(());
+    }
+    bail!(
+        "amqp.prefix is `{prefix}`, and no worker of this database has used it; known: {}. If it is right, run \
+         `sendoff topology declare` first",
+        known.join(", ")
+    );
 }
 
 /// Waits until something can be published.

@@ -154,7 +154,8 @@ impl Told<'_> {
     }
 
     fn json(&self) -> anyhow::Result<Value> {
-        let history = words::history(self.letter, self.ledger);
+        let outcome = self.ledger.map(JobStatus::outcome);
+        let history = words::history(self.letter, outcome.as_ref());
         let mut told = serde_json::to_value(view::letter(self.letter, &history))?;
         told["job"] = json!(self.ledger.map(job_status_json));
         told["message"] = json!(self.message.as_ref().ok().map(|message| message.json(self.addresses)));

@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use crate::cli::output::harmless;
 use crate::cli::story::{advice, because, counted, fact, masked, moment};
 use crate::model::failure::Reason;
-use crate::model::ledger::{JobStatus, State};
+use crate::model::ledger::{JobOutcome, JobStatus, State};
 use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
 
 /// The letter's own story; `ledger` is what became of its job, where the ledger knows.
@@ -40,7 +40,8 @@ pub(in crate::cli) fn letter(
 
 /// What people did with a letter, and what came of each replay.
 pub(in crate::cli) fn deeds(letter: &Letter, ledger: Option<&JobStatus>, now: OffsetDateTime) -> Vec<String> {
-    let history = history(letter, ledger);
+    let outcome = ledger.map(JobStatus::outcome);
+    let history = history(letter, outcome.as_ref());
     if history.is_empty() {
         return Vec::new();
     }
@@ -52,13 +53,9 @@ pub(in crate::cli) fn deeds(letter: &Letter, ledger: Option<&JobStatus>, now: Of
 }
 
 /// The letter's history, with the outcome of its last replay from the ledger where the archive has none yet.
-pub(super) fn history(letter: &Letter, ledger: Option<&JobStatus>) -> Vec<LetterDeed> {
+pub(super) fn history(letter: &Letter, ledger: Option<&JobOutcome>) -> Vec<LetterDeed> {
     let mut history = letter.history.clone();
-    let replayed = matches!(letter.state, LetterState::Replayed | LetterState::Dead);
-    if let (Some(last), Some(status)) = (history.last_mut(), ledger)
-        && replayed
-        && last.what == Deed::Replay
-        && last.outcome.is_none()
+    if let (true, Some(last), Some(status)) = (is_open(letter), history.last_mut(), ledger)
         // A row of before the replay tells of something else.
         && letter.replay_turn.is_some_and(|turn| status.turn >= turn)
     {
@@ -69,6 +66,12 @@ pub(super) fn history(letter: &Letter, ledger: Option<&JobStatus>) -> Vec<Letter
         });
     }
     history
+}
+
+/// Whether only the ledger knows what came of the letter's last replay.
+pub(super) fn is_open(letter: &Letter) -> bool {
+    matches!(letter.state, LetterState::Replayed | LetterState::Dead)
+        && letter.history.last().is_some_and(|last| last.what == Deed::Replay && last.outcome.is_none())
 }
 
 fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {

@@ -13,6 +13,7 @@ mod output;
 mod password;
 mod story;
 mod topology;
+mod user;
 mod worker;
 
 use std::path::PathBuf;

@@ -11,6 +11,7 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::exit::Done;
+use super::user;
 use crate::broker;
 use crate::model::organization::OrganizationId;
 use crate::parts;
@@ -69,7 +70,5 @@ async fn call(
 
 /// Who asks, for the audit log: the account that runs the program.
 fn actor() -> String {
-    let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_default();
-    let user: String = user.chars().filter(|c| !c.is_control()).take(64).collect();
-    if user.is_empty() { "cli".to_owned() } else { format!("cli:{user}") }
+    format!("cli:{}", user::name())
 }

@@ -132,6 +132,10 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
             counted(status.refused.len(), "recipient")
         ),
         State::Claimed => format!("A worker took it up at {since} and has it now."),
+        // The reason it was dead with stays until the next attempt.
+        State::Deferred if status.reason == Some(Reason::RetriesExhausted) => {
+            format!("It was replayed at {since}, and its first attempt after that is to come.")
+        }
         State::Deferred => match status.next_attempt_at {
             Some(at) if at > now => format!("It waits for its next attempt, at {}{why}.", moment(at, now)),
             Some(at) => format!("Its next attempt is due since {}{why}.", moment(at, now)),
@@ -324,6 +328,8 @@ mod tests {
         assert!(words[0].contains("2030-01-07T09:05:00Z (in 5 min), because the server asked"), "{words:?}");
         waits.next_attempt_at = Some(NOW - Duration::minutes(5));
         assert!(job(&waits, NOW)[0].starts_with("Its next attempt is due since"));
+        let replayed = job(&status(State::Deferred, Some(Reason::RetriesExhausted)), NOW);
+        assert!(replayed[0].starts_with("It was replayed at 2030-01-07T06:00:00Z"), "{replayed:?}");
         let held = job(&status(State::Dead, Some(Reason::UnknownOutcome)), NOW);
         assert!(held[1].contains("--resend-unknown"), "{held:?}");
     }

@@ -2,6 +2,8 @@
 //! Guarantee: any message becomes a letter, whatever its body and its headers are; its bytes stay as they are, and its detail
 //! shows no address.
 
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
 use time::macros::datetime;
 use time::{OffsetDateTime, UtcOffset};
@@ -12,6 +14,10 @@ use crate::model::address::mask_addresses;
 use crate::model::event::{Event, JobFacts, What};
 use crate::model::failure::Reason;
 use crate::model::letter::{Killer, NewLetter};
+
+/// Clocks differ by less. A death noted down for later is a stranger's: its letter would lead every listing and outlive its
+/// retention.
+const SKEW: Duration = Duration::from_secs(3600);
 
 /// What goes into the archive; `now` is when it died where nobody noted that down.
 pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
@@ -29,7 +35,7 @@ pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
         detail: death.and_then(|death| death.detail.as_deref()).map(mask_addresses),
         attempts: received.attempt,
         first_at: received.first_at,
-        died_at: death.and_then(|death| death.died_at).unwrap_or(now),
+        died_at: death.and_then(|death| death.died_at).filter(|at| *at < now + SKEW).unwrap_or(now),
         redelivered: received.redelivered,
         expires_at: told.expires_at.map(in_utc),
         revision: told.revision,
@@ -115,6 +121,15 @@ mod tests {
         let event = serde_json::to_value(event_of(&letter_of(&received(b"", None), NOW))).unwrap();
         let nobodys = json!({"type": "email.dead", "reason": "internal", "at": "2026-11-22T20:00:00Z", "organization_id": null});
         assert_eq!(event, nobodys);
+    }
+
+    #[test]
+    fn nothing_died_in_the_future() {
+        let said = |died_at| Death { died_at: Some(died_at), ..death(Reason::Expired, "too late") };
+        let ahead = datetime!(2026-11-22 20:01 UTC);
+        assert_eq!(letter_of(&received(b"", Some(said(ahead))), NOW).died_at, ahead);
+        let absurd = datetime!(2999-01-01 00:00 UTC);
+        assert_eq!(letter_of(&received(b"", Some(said(absurd))), NOW).died_at, NOW);
     }
 
     #[test]

@@ -133,11 +133,12 @@ impl Report {
             self.detail = Some(format!("recipient {index} was refused: {reply}"));
             if self.accepted.is_empty() {
                 self.reply = Some(reply.clone());
-                self.phase = Some(Phase::Rcpt);
             }
         }
         if assessment.verdict.is_some() {
             self.verdict = assessment.verdict;
+        }
+        if self.accepted.is_empty() {
             self.phase = Some(Phase::Rcpt);
         }
     }

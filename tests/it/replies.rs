@@ -203,7 +203,8 @@ async fn a_greylisted_message_is_retried_and_sent_once() {
     assert_eq!(world.story(id).await, story);
     assert_eq!(world.server.messages().len(), 1);
     let row = world.state(Some("acme"), id, State::Sent).await;
-    assert_eq!((row.attempts, row.history.len()), (3, 3));
+    let phases: Vec<_> = row.history.iter().map(|attempt| attempt.phase).collect();
+    assert_eq!((row.attempts, phases), (3, vec![Phase::Rcpt, Phase::Rcpt, Phase::FinalDot]));
     worker.stop().await;
     world.end().await;
 }
@@ -248,6 +249,7 @@ async fn a_refused_recipient_is_reported_while_the_others_get_the_message_once()
     assert_eq!(letters.left(&world).await, 0);
     let row = world.state(Some("acme"), id, State::Sent).await;
     assert_eq!((row.attempts, row.refused.len()), (2, 1));
+    assert_eq!(row.history[0].phase, Phase::FinalDot, "the first attempt reached ann and dan");
     worker.stop().await;
     world.end().await;
 }

@@ -37,6 +37,8 @@ const TRACEPARENT_MAX: usize = 128;
 const EXTRA_VALUE_MAX: usize = 256;
 /// Further `sendoff-*` headers carried on.
 const EXTRA_COUNT_MAX: usize = 16;
+/// No job is handed over so often; a publisher that says so would leave no room for the turns to come.
+const TURN_MAX: i32 = 1_000_000_000;
 /// A dead letter's detail.
 const DETAIL_MAX: usize = 500;
 /// Positions that a letter can be for: `limits.max_recipients` allows no more.
@@ -192,7 +194,7 @@ impl Received {
             turn: Turn(
                 integer_of(headers, TURN)
                     .and_then(|n| i32::try_from(n).ok())
-                    .filter(|n| *n >= 0)
+                    .filter(|n| (0..=TURN_MAX).contains(n))
                     .unwrap_or(0),
             ),
             faults: integer_of(headers, FAULTS).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),

@@ -188,3 +188,11 @@ fn a_republish_carries_on_only_what_the_contract_names() {
         bare.with_headers(FieldTable::default())
     );
 }
+
+#[test]
+fn a_turn_that_leaves_no_room_for_others_is_none() {
+    for (said, read) in [(7_i64, 7), (-1, 0), (1_000_000_000, 1_000_000_000), (i64::from(i32::MAX), 0)] {
+        let mut copy = delivery("p.jobs", "k", &[(TURN, AMQPValue::LongLongInt(said))]);
+        assert_eq!(Received::from_lane(&mut copy, &Names::new("p"), "l").turn, Turn(read), "{said}");
+    }
+}

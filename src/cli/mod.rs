@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use uuid::Uuid;
 
 use crate::settings::{Needs, Settings};
 use crate::telemetry;
@@ -118,6 +119,11 @@ where
         Command::Org(command) => org::run(&command, &load(Needs::NOTHING)?).await,
         Command::Keys(keys::KeysCommand::Generate(args)) => keys::generate(&args),
     }
+}
+
+/// An id as an argument.
+fn uuid(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| "an id is a UUID, 32 hexadecimal digits in groups of 8-4-4-4-12".to_owned())
 }
 
 #[cfg(test)]

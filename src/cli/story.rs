@@ -132,8 +132,7 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
             counted(status.refused.len(), "recipient")
         ),
         State::Claimed => format!("A worker took it up at {since} and has it now."),
-        // The reason it was dead with stays until the next attempt.
-        State::Deferred if status.reason == Some(Reason::RetriesExhausted) => {
+        State::Deferred if status.reason.is_none() && status.attempts > 0 => {
             format!("It was replayed at {since}, and its first attempt after that is to come.")
         }
         State::Deferred => match status.next_attempt_at {
@@ -328,7 +327,7 @@ mod tests {
         assert!(words[0].contains("2030-01-07T09:05:00Z (in 5 min), because the server asked"), "{words:?}");
         waits.next_attempt_at = Some(NOW - Duration::minutes(5));
         assert!(job(&waits, NOW)[0].starts_with("Its next attempt is due since"));
-        let replayed = job(&status(State::Deferred, Some(Reason::RetriesExhausted)), NOW);
+        let replayed = job(&status(State::Deferred, None), NOW);
         assert!(replayed[0].starts_with("It was replayed at 2030-01-07T06:00:00Z"), "{replayed:?}");
         let held = job(&status(State::Dead, Some(Reason::UnknownOutcome)), NOW);
         assert!(held[1].contains("--resend-unknown"), "{held:?}");

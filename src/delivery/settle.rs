@@ -166,15 +166,17 @@ impl Desk {
     pub async fn repeat(&self, delivery: InHand<'_>, job: &Job, hand_over: HandOver) {
         let (attempt, first_at, turn) = (hand_over.attempts, hand_over.counted_from(), hand_over.turn);
         let headers = JobHeaders { attempt, first_at, turn, faults: delivery.faults() };
-        let reason = hand_over.reason.unwrap_or(Reason::Internal);
         let now = self.clock.now();
         let done = async {
             if hand_over.state == State::Deferred {
                 let delay_s = self.retry.schedule.queue_for_s(hand_over.wait);
                 self.owe("retry", || self.retry_copy(&delivery, delay_s, headers)).await?;
+                // A replay has none: nothing has failed that could be announced.
+                let Some(reason) = hand_over.reason else { return Ok(()) };
                 let what = What::Deferred { reason, next_attempt_at: now + hand_over.wait };
                 self.announce(&Event::of_job(now, job, what)).await
             } else {
+                let reason = hand_over.reason.unwrap_or(Reason::Internal);
                 let detail = hand_over.detail.as_deref().unwrap_or_default();
                 self.bury_copy(&delivery, reason, detail, headers).await?;
                 self.announce(&Event::of_job(now, job, death(reason))).await

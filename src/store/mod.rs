@@ -273,8 +273,14 @@ impl From<sqlx::Error> for StoreError {
                 // Something accepted the connection and ended it, say a proxy without a server behind it.
                 | sqlx::Error::Protocol(_)
         );
-        let away = error.as_database_error().and_then(|e| e.code()).is_some_and(|code| is_away(&code));
-        if lost || away { Self::Unavailable(error.to_string()) } else { Self::Internal(error.to_string()) }
+        let code = error.as_database_error().and_then(|e| e.code());
+        if lost || code.as_ref().is_some_and(|code| is_away(code)) {
+            return Self::Unavailable(error.to_string());
+        }
+        // Undefined table or column.
+        let foreign = matches!(code.as_deref(), Some("42P01" | "42703"));
+        let advice = if foreign { "; is its schema this program's? See `sendoff migrate`" } else { "" };
+        Self::Internal(format!("{error}{advice}"))
     }
 }
 

@@ -590,6 +590,14 @@ async fn what_cannot_be_meant_is_a_usage_error_that_says_what_is_allowed() {
 }
 
 #[tokio::test]
+async fn a_database_without_the_schema_is_told_what_to_run() {
+    let house = House::new().await;
+    house.database.run("DROP TABLE dead_letters").await;
+    let error = house.fails(&["dead", "list"], 1).await;
+    assert!(error.contains("sendoff migrate"), "{error}");
+}
+
+#[tokio::test]
 async fn a_database_that_is_away_has_its_own_exit_code() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("postgres://u:canary@127.0.0.1:{port}/d");

@@ -612,3 +612,32 @@ async fn a_discarded_letter_stays_with_its_history_and_is_replayed_only_when_tha
     assert_eq!(code, 2, "{errors}");
     world.end().await;
 }
+
+#[tokio::test]
+async fn letters_that_do_not_open_are_left_out_and_each_cause_is_told_once() {
+    let mut world = World::new().await;
+    dead_letters(&world, 3).await;
+    world.set("SENDOFF__ENCRYPTION__KEYS", "k2:YWJjZGVmZ2hpamtsbW5vcHFyc3R1dnd4eXowMTIzNDU=");
+    let (code, out, errors) = world.run(&["dead", "replay", "--all"]).await;
+    assert_eq!(code, 1, "{out}{errors}");
+    assert_eq!(
+        errors.lines().filter(|line| line.starts_with("  the letter is sealed under the key `k1`")).count(),
+        1
+    );
+    assert_eq!(replay(&world, &["--all"]).await.1["skipped"]["unreadable"], 3);
+    assert_eq!(letters_in(&world, LetterState::Dead).await, 3);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_canary_without_a_worker_is_said_to_have_no_outcome_yet() {
+    let world = World::new().await;
+    let letters = dead_letters(&world, 2).await;
+    let (code, out, errors) =
+        world.run(&["dead", "replay", "--all", "--canary", "1", "--canary-wait", "1s"]).await;
+    assert_eq!(code, 1, "{out}{errors}");
+    assert!(errors.contains(&format!("{} is deferred after 1 s (--canary-wait)", letters[0])), "{errors}");
+    let shown = world.run(&["job", "status", &letters[0].to_string()]).await.1;
+    assert!(shown.contains("It was replayed at"), "{shown}");
+    world.end().await;
+}

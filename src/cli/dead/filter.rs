@@ -40,7 +40,7 @@ pub(in crate::cli) struct FilterArgs {
     #[arg(long, value_name = "TIME", value_parser = moment)]
     until: Option<Moment>,
     /// With these ids: of the job, or the letter's own
-    #[arg(long, value_name = "UUID", value_delimiter = ',')]
+    #[arg(long, value_name = "UUID", value_delimiter = ',', value_parser = crate::cli::uuid)]
     id: Vec<Uuid>,
     /// So many at most: letters, or lines of `stats`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]

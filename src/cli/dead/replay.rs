@@ -47,7 +47,7 @@ pub(in crate::cli) struct ReplayArgs {
     #[arg(long, help_heading = HOW, value_name = "TIME", default_value = "600s", value_parser = duration, requires = "canary")]
     canary_wait: Duration,
     /// Leave out letters that died again after so many replays
-    #[arg(long, help_heading = HOW, value_name = "N", default_value_t = 3)]
+    #[arg(long, help_heading = HOW, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     max_replays: u32,
     /// Replay letters whose outcome is unknown, too: their recipients may get a second copy
     #[arg(long, help_heading = HOW)]
@@ -159,7 +159,7 @@ fn outcome(ended: &Ended) -> &'static str {
 fn result(tally: &Tally, ended: &Ended, dry_run: bool) -> Value {
     let skipped: Map<String, Value> =
         tally.skipped.iter().map(|(skip, count)| (skip.as_str().to_owned(), json!(count))).collect();
-    let lost = |loss: &Loss| json!({ "id": loss.id, "state": loss.state, "reason": loss.reason });
+    let lost = |loss: &Loss| json!({ "id": loss.id, "state": loss.state, "reason": loss.reason, "undecided": loss.undecided });
     let canaries: Vec<Value> = match ended {
         Ended::Canary(losses) => losses.iter().map(lost).collect(),
         _ => Vec::new(),
@@ -185,16 +185,24 @@ fn tell(args: &ReplayArgs, tally: &Tally, ended: Ended) -> anyhow::Result<Done> 
         return Err(anyhow!("the counts do not add up: this is a defect, report it with the output above"));
     }
     match ended {
-        Ended::Done => Ok(Done::Well),
+        Ended::Done if tally.unopened.is_empty() => Ok(Done::Well),
+        Ended::Done => {
+            say("Some could not be opened:");
+            tally.unopened.iter().for_each(|why| say(&format!("  {why}")));
+            Ok(Done::Badly)
+        }
         Ended::Interrupted => {
             say(&format!("It {GOES_ON}."));
             Ok(Done::Badly)
         }
         Ended::Canary(losses) => {
             say("A canary did not come through, so nothing else was replayed:");
-            for Loss { id, state, reason } in losses {
+            for Loss { id, state, reason, undecided } in losses {
                 let reason = reason.map(|reason| format!(", {reason}")).unwrap_or_default();
-                say(&format!("  {id} is {}{reason}", state.as_str()));
+                let waited_s = args.canary_wait.as_secs();
+                let late =
+                    if undecided { format!(" after {waited_s} s (--canary-wait)") } else { String::new() };
+                say(&format!("  {id} is {}{reason}{late}", state.as_str()));
             }
             Ok(Done::Badly)
         }

@@ -28,6 +28,7 @@ use crate::store::{Content, DeadLetters, Store};
     out and addresses masked, in the text too. The message can only be opened with the key it was sealed under.")]
 pub(in crate::cli) struct ShowArgs {
     /// The job's id, or the letter's own
+    #[arg(value_parser = crate::cli::uuid)]
     id: Uuid,
     /// The job's organization, where several have a job of this id
     #[arg(long, value_name = "ORG", value_parser = OrganizationId::parse)]

@@ -26,6 +26,7 @@ use crate::store::Store;
 )]
 pub(in crate::cli) struct StatusArgs {
     /// The job's id
+    #[arg(value_parser = crate::cli::uuid)]
     id: Uuid,
     /// The job's organization; unless given, every organization's jobs and the platform's are looked through
     #[arg(long, value_name = "ORG", value_parser = OrganizationId::parse)]

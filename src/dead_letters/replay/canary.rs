@@ -35,6 +35,8 @@ pub struct Loss {
     pub state: State,
     /// Why.
     pub reason: Option<Reason>,
+    /// Its time was up before it had an outcome.
+    pub undecided: bool,
 }
 
 /// A canary on its way.
@@ -51,7 +53,8 @@ impl Sent {
 
     /// What the ledger's row says of it: nothing yet, all is well, or that it is lost.
     fn fate(&self, status: &JobStatus) -> Option<Result<(), Loss>> {
-        let lost = |reason| Some(Err(Loss { id: self.key.id, state: status.state, reason }));
+        let lost =
+            |reason| Some(Err(Loss { id: self.key.id, state: status.state, reason, undecided: false }));
         let refused = status
             .refused
             .iter()
@@ -80,7 +83,7 @@ impl Replayer {
                     Some(Err(loss)) => losses.push(loss),
                     None => {
                         let (state, reason) = status.map_or((State::Deferred, None), |s| (s.state, s.reason));
-                        undecided.push(Loss { id: sent.key.id, state, reason });
+                        undecided.push(Loss { id: sent.key.id, state, reason, undecided: true });
                         still.push(sent);
                     }
                 }

@@ -27,7 +27,7 @@ impl Replayer {
         let content = match opened {
             Some(Ok(content)) => content,
             Some(Err(error)) => {
-                tracing::warn!(letter = %letter.letter, %error, "a dead letter cannot be opened");
+                tracing::debug!(letter = %letter.letter, %error, "a dead letter cannot be opened");
                 return Err(Skip::Unreadable);
             }
             None => return Err(Skip::Unreadable),

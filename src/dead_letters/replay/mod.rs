@@ -7,7 +7,7 @@ mod canary;
 mod judge;
 mod publish;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use time::OffsetDateTime;
@@ -96,6 +96,8 @@ pub struct Tally {
     pub not_reached: u64,
     /// The ids of those that died again after as many replays as are allowed.
     pub too_often: Vec<Uuid>,
+    /// Why letters could not be opened, each reason once: there are as many as keys that are missing, and one.
+    pub unopened: BTreeSet<String>,
     /// Of those replayed, or that would be: by last death and organization.
     pub groups: Groups,
 }
@@ -297,7 +299,11 @@ impl<'a> Run<'a> {
         let mut opened = opened.inspect_err(|_| self.tally.not_reached += ids.len() as u64)?;
         let mut ready = BTreeMap::new();
         for (id, (letter, skip)) in decided {
-            match self.replayer.ready(&letter, opened.remove(&id), self.order.lane.as_deref()) {
+            let content = opened.remove(&id);
+            if let Some(Err(error)) = &content {
+                self.tally.unopened.insert(error.to_string());
+            }
+            match self.replayer.ready(&letter, content, self.order.lane.as_deref()) {
                 Ok(copy) => drop(ready.insert(id, (letter, copy))),
                 Err(fault) => self.tally.skip(&letter, skip.unwrap_or(fault)),
             }

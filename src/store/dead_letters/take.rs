@@ -46,8 +46,8 @@ LEFT JOIN job_groups AS g ON g.organization_id = d.organization_id AND g.name = 
 /// Owner 0 is a program that has gone: whoever meets an older copy repeats the hand-over.
 const HAND_OVER: &str = "
 UPDATE jobs SET state = 'deferred', turn = a.turn, owner = 0, not_before = now(), replayed_at = now(),
-    spared = jobs.attempts, unknowns = 0, crashes = 0, committing = false, orphan = NULL, pending = a.pending::int[],
-    refused = a.refused::jsonb, updated_at = now()
+    spared = jobs.attempts, unknowns = 0, crashes = 0, committing = false, orphan = NULL, reason = NULL, detail = NULL,
+    pending = a.pending::int[], refused = a.refused::jsonb, updated_at = now()
 FROM unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::text[])
     AS a (id, organization_id, turn, pending, refused)
 WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id";

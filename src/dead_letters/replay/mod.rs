@@ -96,7 +96,7 @@ pub struct Tally {
     pub not_reached: u64,
     /// The ids of those that died again after as many replays as are allowed.
     pub too_often: Vec<Uuid>,
-    /// Of those replayed, or that would be: by last death and organization.
+    /// Of those replayed, or that would be: by last death and owner.
     pub groups: Groups,
 }
 
@@ -121,8 +121,7 @@ impl Tally {
 
     fn replay(&mut self, letter: &Letter) {
         self.replayed += 1;
-        let organization = letter.key.as_ref().and_then(|key| key.organization.clone());
-        *self.groups.entry((letter.reason, organization)).or_default() += 1;
+        *self.groups.entry((letter.reason, letter.owner())).or_default() += 1;
     }
 }
 

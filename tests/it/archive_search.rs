@@ -19,7 +19,7 @@ async fn fill(database: &TestDatabase, letters: u32, died_at: &str) {
             "INSERT INTO dead_letters (letter, job_id, organization_id, kind, lane, routing_key, state, reason, attempts,
                  died_at, turn, body_hash, bytes, properties_sealed, body_sealed)
              SELECT md5('letter' || g)::uuid, CASE WHEN g % 9 > 0 THEN md5('job' || g / 2)::uuid END,
-                 CASE WHEN g % 9 = 0 OR g % 11 = 0 THEN NULL WHEN g % 20 > 0 THEN (g % 20)::text ELSE '' END,
+                 CASE WHEN g % 9 = 0 OR g % 17 = 0 THEN NULL WHEN g % 20 > 0 THEN (g % 20)::text ELSE '' END,
                  CASE WHEN g % 13 > 0 THEN 'kind-' || g % 13 END, 'notifications', 'notification.a',
                  (ARRAY['dead', 'dead', 'dead', 'replayed', 'discarded', 'parked'])[1 + g % 6],
                  (ARRAY['message_refused', 'recipients_refused', 'expired', 'unroutable', 'malformed'])[1 + g % 5],

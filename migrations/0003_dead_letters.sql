@@ -13,8 +13,8 @@ CREATE TABLE dead_letters (
     letter            uuid        PRIMARY KEY,
     -- NULL where the body does not tell.
     job_id            uuid,
-    -- '' is the platform, or where the body does not tell.
-    organization_id   text        COLLATE "C" NOT NULL,
+    -- '' is the platform; NULL where the body does not tell whose job it is, so that no job's row is ever its.
+    organization_id   text        COLLATE "C",
     kind              text        COLLATE "C",
     lane              text        COLLATE "C",
     routing_key       text        NOT NULL,

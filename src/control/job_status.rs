@@ -16,7 +16,7 @@ use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::job::JobKey;
 use crate::model::ledger::{AttemptRecord, JobStatus, State};
-use crate::model::letter::{Letter, LetterId, LetterState};
+use crate::model::letter::{Letter, LetterId, LetterState, Owner};
 use crate::model::organization::OrganizationId;
 use crate::store::StoreError;
 
@@ -46,6 +46,9 @@ struct View<'a> {
     /// The archive's name for it, where only the archive knows the job.
     #[serde(skip_serializing_if = "Option::is_none")]
     letter: Option<LetterId>,
+    /// There, whether it is the platform's: a letter's body may not tell whose it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    platform: Option<bool>,
 }
 
 impl Control {
@@ -87,6 +90,7 @@ pub fn view(status: &JobStatus) -> Value {
         first_at: Some(status.first_at),
         updated_at: status.updated_at,
         letter: None,
+        platform: None,
     })
 }
 
@@ -107,6 +111,7 @@ pub fn letter_view(letter: &Letter) -> Value {
         first_at: letter.first_at,
         updated_at: letter.died_at,
         letter: Some(letter.letter),
+        platform: Some(letter.owner() == Owner::Platform),
     })
 }
 

@@ -24,7 +24,7 @@ pub struct Discarded {
     pub discarded: u64,
     /// Taken up by somebody else meanwhile.
     pub changed: u64,
-    /// Of those given up: by last death and organization.
+    /// Of those given up: by last death and owner.
     pub groups: Groups,
 }
 
@@ -101,8 +101,7 @@ async fn pages(
                 continue;
             }
             tally.discarded += 1;
-            let organization = letter.key.and_then(|key| key.organization);
-            *tally.groups.entry((letter.reason, organization)).or_default() += 1;
+            *tally.groups.entry((letter.reason, letter.owner())).or_default() += 1;
         }
         match page.last {
             Some(last) => after = Some(last),

@@ -25,6 +25,7 @@ pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
     let death = received.death.as_ref();
     let properties = serde_json::to_vec(&received.carried);
     NewLetter {
+        job_id: told.id,
         key: told.key,
         kind: told.kind,
         lane: received.lane.clone(),
@@ -56,8 +57,8 @@ fn in_utc(at: OffsetDateTime) -> OffsetDateTime {
 
 /// The event of a death by the broker.
 pub(super) fn event_of(letter: &NewLetter) -> Event {
-    let job = letter.key.as_ref().map(|key| JobFacts {
-        job_id: key.id,
+    let job = letter.job_id.map(|job_id| JobFacts {
+        job_id,
         kind: letter.kind.clone(),
         group: letter.revision.as_ref().map(|revision| revision.group.clone()),
     });
@@ -116,11 +117,22 @@ mod tests {
     #[test]
     fn a_message_that_says_nothing_is_a_letter_that_was_found_dead_now() {
         let letter = letter_of(&received(b"\xff", None), NOW);
+        assert_eq!(letter.job_id, None);
         assert_eq!((letter.reason, letter.killer, letter.died_at), (Reason::Internal, Killer::Broker, NOW));
         assert_eq!((letter.key, letter.kind, letter.detail), (None, None, None));
         let event = serde_json::to_value(event_of(&letter_of(&received(b"", None), NOW))).unwrap();
         let nobodys = json!({"type": "email.dead", "reason": "internal", "at": "2026-11-22T20:00:00Z", "organization_id": null});
         assert_eq!(event, nobodys);
+    }
+
+    #[test]
+    fn an_id_without_a_usable_organization_is_told_and_is_nobodys_job() {
+        let id = uuid::Uuid::from_u128(7);
+        let body = json!({"id": id, "organization_id": "not valid!"}).to_string();
+        let letter = letter_of(&received(body.as_bytes(), None), NOW);
+        assert_eq!((letter.job_id, &letter.key), (Some(id), &None));
+        let event = serde_json::to_value(event_of(&letter)).unwrap();
+        assert_eq!((&event["job_id"], &event["organization_id"]), (&json!(id), &json!(null)));
     }
 
     #[test]

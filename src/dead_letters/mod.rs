@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::model::failure::Reason;
-use crate::model::organization::OrganizationId;
+use crate::model::letter::Owner;
 
 mod archivist;
 pub mod discard;
@@ -15,5 +15,5 @@ mod retrying;
 
 pub use archivist::{Archivist, OnLoss, PREFETCH};
 
-/// How many letters, by last death and organization.
-pub type Groups = BTreeMap<(Reason, Option<OrganizationId>), u64>;
+/// How many letters, by last death and owner.
+pub type Groups = BTreeMap<(Reason, Owner), u64>;

@@ -62,11 +62,8 @@ pub(super) struct Stopped;
 impl Desk {
     /// A body that is no job: a dead letter at once, without a row in the ledger.
     pub async fn refuse(&self, delivery: InHand<'_>, refusal: Refusal) {
-        let facts = refusal.key.as_ref().map(|key| JobFacts {
-            job_id: key.id,
-            kind: refusal.kind.clone(),
-            group: None,
-        });
+        let kind = refusal.kind;
+        let facts = refusal.id.map(|job_id| JobFacts { job_id, kind, group: None });
         let organization_id = refusal.key.and_then(|key| key.organization);
         let what = What::Dead { reason: refusal.reason };
         let event = Event { at: self.clock.now(), organization_id, job: facts, what };

@@ -15,7 +15,7 @@ pub struct Event {
     /// When it happened.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// Whose it is; `null` for the platform.
+    /// Whose it is; `null` for the platform, and of an `email.dead` also where the body does not tell.
     pub organization_id: Option<OrganizationId>,
     /// The job it speaks of.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]

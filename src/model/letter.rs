@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::failure::Reason;
 use super::job::{JobKey, Revision};
 use super::ledger::Turn;
+use super::organization::OrganizationId;
 
 /// Entries of a letter's history that are kept; the oldest go first.
 pub const HISTORY_MAX: usize = 50;
@@ -99,10 +100,44 @@ pub enum Killer {
     Broker,
 }
 
+/// Whose a letter is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Owner {
+    /// The platform's.
+    Platform,
+    /// This organization's.
+    Organization(OrganizationId),
+    /// The body does not tell whose job it is, or is none.
+    Unknown,
+}
+
+impl Owner {
+    /// Whose it is, where that is an organization.
+    pub fn organization(&self) -> Option<&OrganizationId> {
+        match self {
+            Self::Organization(organization) => Some(organization),
+            Self::Platform | Self::Unknown => None,
+        }
+    }
+}
+
+/// In brackets what is no organization's id, for an organization may be called `platform`.
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Platform => f.write_str("(platform)"),
+            Self::Organization(organization) => organization.fmt(f),
+            Self::Unknown => f.write_str("(unknown)"),
+        }
+    }
+}
+
 /// A letter on its way into the archive.
 #[derive(Clone)]
 pub struct NewLetter {
-    /// The job, where the body tells.
+    /// The job's id, where the body tells; of no known job while `key` is none.
+    pub job_id: Option<Uuid>,
+    /// The job, where the body tells id and organization.
     pub key: Option<JobKey>,
     /// The publisher's slug, where the body tells.
     pub kind: Option<String>,
@@ -164,7 +199,9 @@ impl std::fmt::Debug for NewLetter {
 pub struct Letter {
     /// The archive's name for it.
     pub letter: LetterId,
-    /// The job, where the body told.
+    /// The job's id, where the body told; of no known job while `key` is none.
+    pub job_id: Option<Uuid>,
+    /// The job, where the body told id and organization.
     pub key: Option<JobKey>,
     /// The publisher's slug, where the body told.
     pub kind: Option<String>,
@@ -211,7 +248,15 @@ pub struct Letter {
 impl Letter {
     /// What a person calls it: its job's id, or the archive's name where the body told none.
     pub fn id(&self) -> Uuid {
-        self.key.as_ref().map_or(self.letter.0, |key| key.id)
+        self.job_id.unwrap_or(self.letter.0)
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> Owner {
+        match &self.key {
+            None => Owner::Unknown,
+            Some(key) => key.organization.clone().map_or(Owner::Platform, Owner::Organization),
+        }
     }
 
     /// Where it is in the archive's order.
@@ -261,7 +306,7 @@ pub struct DeedOutcome {
 /// Which letters are meant; every condition that is set must hold, and an empty list is no condition.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LetterFilter {
-    /// Organizations as the table spells them: `""` is the platform.
+    /// Organizations as the table spells them: `""` is the platform. A letter of an unknown owner is of none of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub organizations: Vec<String>,
     /// Reasons of the last death.
@@ -286,7 +331,6 @@ pub struct LetterFilter {
 
 #[cfg(test)]
 mod tests {
-    use super::super::organization::OrganizationId;
     use super::*;
 
     #[test]

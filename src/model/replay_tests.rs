@@ -14,6 +14,7 @@ const FORCED: ReplayRules = ReplayRules { max_replays: 3, resend_unknown: true }
 fn letter(change: impl FnOnce(&mut Letter)) -> Letter {
     let mut letter = Letter {
         letter: LetterId(Uuid::nil()),
+        job_id: Some(Uuid::from_u128(1)),
         key: Some(JobKey { organization: None, id: Uuid::from_u128(1) }),
         kind: Some("booking.confirmed".into()),
         lane: Some("notifications".into()),

@@ -18,7 +18,7 @@ use sendoff::dead_letters::{Archivist, PREFETCH};
 use sendoff::model::failure::Reason;
 use sendoff::model::job::JobKey;
 use sendoff::model::ledger::{State, Turn};
-use sendoff::model::letter::{Letter, LetterState};
+use sendoff::model::letter::{Letter, LetterState, Owner};
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::shutdown::Shutdown;
@@ -133,8 +133,11 @@ async fn a_body_that_is_no_job_is_archived_byte_for_byte_whatever_it_is() {
     large["text"] = json!("x".repeat(TEN_MIB));
     let mut unknown = job(Some("acme"));
     unknown["calender"] = json!({});
+    let mut nobodys = job(None);
+    nobodys["organization_id"] = json!("not valid!");
     let told = |job: &Value| Some(id_of(job));
     let cases = [
+        (bytes(&nobodys), Reason::Malformed, told(&nobodys)),
         (Vec::new(), Reason::Malformed, None),
         (b"not JSON".to_vec(), Reason::Malformed, None),
         (b"\xff\xfe\0\xc3\x28".to_vec(), Reason::Malformed, None),
@@ -150,11 +153,15 @@ async fn a_body_that_is_no_job_is_archived_byte_for_byte_whatever_it_is() {
         let content = world.content(letter).await;
         let case = cases.iter().find(|(body, ..)| *body == content.body);
         let (body, reason, id) = case.expect("a body as it was published");
-        assert_eq!((letter.reason, letter.key.as_ref().map(|key| key.id)), (*reason, *id));
+        assert_eq!((letter.reason, letter.job_id), (*reason, *id));
         assert_eq!((letter.bytes as usize, letter.routing_key.as_str()), (body.len(), "notification.test"));
         assert!(letter.detail.is_some(), "{letter:?}");
     }
     assert_eq!(letters.iter().map(|letter| letter.letter).collect::<BTreeSet<_>>().len(), cases.len());
+    let letter = world.letter(id_of(&nobodys)).await;
+    assert_eq!((letter.key.as_ref(), letter.owner()), (None, Owner::Unknown));
+    let event = world.event("email.dead", id_of(&nobodys)).await;
+    assert_eq!((&event["reason"], &event["organization_id"]), (&json!("malformed"), &json!(null)));
     worker.stop().await;
     world.end().await;
 }

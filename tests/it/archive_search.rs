@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sendoff::model::failure::Reason;
-use sendoff::model::letter::{Letter, LetterFilter, LetterState};
+use sendoff::model::letter::{Letter, LetterFilter, LetterState, Owner};
+use sendoff::model::organization::OrganizationId;
 use sendoff::store::LetterAge;
 use sqlx::Row;
 use time::OffsetDateTime;
@@ -18,7 +19,7 @@ async fn fill(database: &TestDatabase, letters: u32, died_at: &str) {
             "INSERT INTO dead_letters (letter, job_id, organization_id, kind, lane, routing_key, state, reason, attempts,
                  died_at, turn, body_hash, bytes, properties_sealed, body_sealed)
              SELECT md5('letter' || g)::uuid, CASE WHEN g % 9 > 0 THEN md5('job' || g / 2)::uuid END,
-                 CASE WHEN g % 20 > 0 THEN (g % 20)::text ELSE '' END,
+                 CASE WHEN g % 9 = 0 OR g % 17 = 0 THEN NULL WHEN g % 20 > 0 THEN (g % 20)::text ELSE '' END,
                  CASE WHEN g % 13 > 0 THEN 'kind-' || g % 13 END, 'notifications', 'notification.a',
                  (ARRAY['dead', 'dead', 'dead', 'replayed', 'discarded', 'parked'])[1 + g % 6],
                  (ARRAY['message_refused', 'recipients_refused', 'expired', 'unroutable', 'malformed'])[1 + g % 5],
@@ -33,7 +34,8 @@ async fn fill(database: &TestDatabase, letters: u32, died_at: &str) {
 struct Seen {
     letter: Uuid,
     job: Option<Uuid>,
-    organization: String,
+    /// None: it is not known whose it is.
+    organization: Option<String>,
     kind: Option<String>,
     state: String,
     reason: String,
@@ -68,7 +70,7 @@ impl Seen {
         fn any<T>(wanted: &[T], is: impl FnMut(&T) -> bool) -> bool {
             wanted.is_empty() || wanted.iter().any(is)
         }
-        any(&filter.organizations, |wanted| *wanted == self.organization)
+        any(&filter.organizations, |wanted| Some(wanted) == self.organization.as_ref())
             && any(&filter.reasons, |wanted| wanted.as_str() == self.reason)
             && any(&filter.kinds, |wanted| Some(wanted) == self.kind.as_ref())
             && any(&filter.states, |wanted| wanted.as_str() == self.state)
@@ -78,17 +80,28 @@ impl Seen {
     }
 }
 
+impl Seen {
+    fn owner(&self) -> Owner {
+        match self.organization.as_deref() {
+            None => Owner::Unknown,
+            Some("") => Owner::Platform,
+            Some(text) => Owner::Organization(OrganizationId::parse(text).expect("an organization")),
+        }
+    }
+}
+
 fn names(letters: &[Letter]) -> Vec<Uuid> {
     letters.iter().map(|letter| letter.letter.0).collect()
 }
 
 /// Every combination of the seven conditions, with one value each and with several.
 fn combinations(all: &[Seen]) -> Vec<LetterFilter> {
-    let some = &all[all.len() / 3];
+    let some =
+        all[all.len() / 3..].iter().find(|seen| seen.organization.is_some()).expect("one has an owner");
     let ids: Vec<Uuid> =
         all.iter().step_by(all.len() / 9).flat_map(|seen| [Some(seen.letter), seen.job]).flatten().collect();
     let one = LetterFilter {
-        organizations: vec![some.organization.clone()],
+        organizations: some.organization.iter().cloned().collect(),
         reasons: vec![Reason::from_name(&some.reason).expect("a reason")],
         kinds: vec![some.kind.clone().unwrap_or_else(|| "kind-1".into())],
         states: vec![LetterState::from_name(&some.state).expect("a state")],
@@ -229,16 +242,15 @@ async fn counts_add_up_to_what_is_listed() {
         class.map_or(LetterAge::Older, |class| LetterAge::ALL[class])
     };
     for filter in combinations(&all) {
-        let mut expected: BTreeMap<(String, String, LetterAge), u64> = BTreeMap::new();
+        let mut expected: BTreeMap<(String, Owner, LetterAge), u64> = BTreeMap::new();
         for seen in all.iter().filter(|seen| seen.is_meant(&filter)) {
-            let key = (seen.reason.clone(), seen.organization.clone(), class(seen.died_at));
+            let key = (seen.reason.clone(), seen.owner(), class(seen.died_at));
             *expected.entry(key).or_default() += 1;
         }
         let counts = store.letter_stats(&filter).await.expect("the database answers");
-        let keyed = counts.iter().map(|count| {
-            let organization = count.organization.as_ref().map_or("", |organization| organization.as_str());
-            ((count.reason.as_str().to_owned(), organization.to_owned(), count.age), count.count)
-        });
+        let keyed = counts
+            .iter()
+            .map(|count| ((count.reason.as_str().to_owned(), count.owner.clone(), count.age), count.count));
         let keyed: Vec<_> = keyed.collect();
         assert!(keyed.iter().cloned().eq(expected), "{filter:?}: {keyed:?}");
     }
@@ -286,8 +298,14 @@ async fn the_letters_of_a_job_are_found_by_its_id_or_by_their_names() {
     assert_eq!(of_job.len(), 2);
     let found = store.letters_of(job, None).await.expect("the database answers");
     assert_eq!(names(&found).into_iter().collect::<BTreeSet<_>>(), of_job);
-    let mine = store.letters_of(job, Some(&all[10].organization)).await.expect("the database answers");
+    let organization = all[10].organization.as_deref().expect("this one has an owner");
+    let mine = store.letters_of(job, Some(organization)).await.expect("the database answers");
     assert_eq!(names(&mine), [all[10].letter]);
+    let nobodys =
+        all.iter().find(|seen| seen.job.is_some() && seen.organization.is_none()).expect("one is nobody's");
+    let found = store.letters_of(nobodys.job.unwrap(), None).await.expect("the database answers");
+    let found = found.iter().find(|found| found.letter.0 == nobodys.letter).expect("by the job's id");
+    assert_eq!((Some(found.id()), found.owner()), (nobodys.job, Owner::Unknown));
     let nameless = all.iter().find(|seen| seen.job.is_none()).expect("one has no job");
     let found = store.letters_of(nameless.letter, None).await.expect("the database answers");
     assert_eq!((names(&found), found[0].id()), (vec![nameless.letter], nameless.letter));

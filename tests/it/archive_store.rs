@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use sendoff::model::failure::Reason;
 use sendoff::model::job::{JobKey, Revision};
 use sendoff::model::ledger::{State, Turn};
-use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterId, LetterState, NewLetter};
+use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterId, LetterState, NewLetter, Owner};
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{Archived, DeadLetters, Unopened};
@@ -253,7 +253,7 @@ async fn the_ledger_learns_of_a_copy_that_the_broker_killed() {
         turn: Turn(3),
         ..letter(number)
     };
-    let other_body = NewLetter { key: letter(5).key, ..with_body(99, b"other".to_vec()) };
+    let other_body = with_body(5, b"other".to_vec());
     let rows = [
         (letter(1), "deferred", 3),
         (letter(2), "deferred", 4),
@@ -311,6 +311,41 @@ async fn a_letter_for_refused_recipients_is_a_death_beside_the_broker_s_of_the_s
 }
 
 #[tokio::test]
+async fn a_letter_of_an_unknown_owner_is_found_by_its_jobs_id_and_is_never_the_platforms_job() {
+    let database = TestDatabase::migrated().await;
+    let (archive, store) = (archive(&database), database.store());
+    let killed =
+        |letter| NewLetter { killer: Killer::Broker, reason: Reason::CrashLoop, turn: Turn(3), ..letter };
+    let revision = Some(Revision { group: "uid-1".into(), sequence: 4 });
+    let unknown = NewLetter { key: None, revision, ..killed(letter(1)) };
+    let id = Uuid::from_u128(1);
+    let platforms = JobKey { organization: None, id };
+    ledger_row(&database, &letter(1), "deferred", 3).await;
+    database
+        .run(
+            "UPDATE jobs SET organization_id = '';
+             INSERT INTO job_groups (organization_id, name, sequence, updated_at) VALUES ('', 'uid-1', 9, now())",
+        )
+        .await;
+    assert_eq!(archived(&archive, std::slice::from_ref(&unknown)).await, [Archived::New]);
+    let waits = store.job_status(&platforms).await.unwrap().expect("the ledger has it");
+    assert_eq!(waits.state, State::Deferred, "the platform's job of that id has not died");
+
+    let found = store.letters_of(id, None).await.unwrap();
+    let [found] = &found[..] else { panic!("one letter, not {found:?}") };
+    assert_eq!((found.letter, found.id(), &found.key), (unknown.id(), id, &None));
+    assert_eq!((found.owner(), found.reason), (Owner::Unknown, Reason::CrashLoop));
+    let nothing = store.letters_of(id, Some("")).await.unwrap();
+    assert!(nothing.is_empty(), "the platform's are others: {nothing:?}");
+    let page = store.examine_letters(&LetterFilter::default(), None, None, 10).await.unwrap();
+    let [examined] = &page.letters[..] else { panic!("one letter, not {page:?}") };
+    assert!(examined.ledger.is_none() && examined.newest_sequence.is_none(), "{examined:?}");
+
+    let later = NewLetter { died_at: NOON + Duration::from_secs(60), ..unknown };
+    assert_eq!(archived(&archive, &[later]).await, [Archived::Again], "no turn of the ledger's is its");
+}
+
+#[tokio::test]
 async fn a_body_of_any_bytes_and_length_comes_out_as_it_went_in() {
     let database = TestDatabase::migrated().await;
     let archive = archive(&database);
@@ -319,7 +354,7 @@ async fn a_body_of_any_bytes_and_length_comes_out_as_it_went_in() {
     let letters: Vec<NewLetter> = bodies
         .iter()
         .enumerate()
-        .map(|(at, body)| NewLetter { key: None, ..with_body(at as u128, body.to_vec()) })
+        .map(|(at, body)| NewLetter { job_id: None, key: None, ..with_body(at as u128, body.to_vec()) })
         .collect();
     assert_eq!(archived(&archive, &letters).await, [Archived::New; 5]);
     for letter in &letters {

@@ -166,7 +166,6 @@ async fn filters_combine() {
     let house = House::new().await;
     let base = |job, days| house.letter(job, DAY * days + MINUTE);
     let unread = NewLetter { key: None, kind: None, reason: Reason::Malformed, ..base(6, 5) };
-    let unread_id = unread.id().to_string();
     house
         .archive(&[
             base(1, 0),
@@ -181,7 +180,7 @@ async fn filters_combine() {
         .database
         .run(format!("UPDATE dead_letters SET state = 'discarded' WHERE job_id = '{}'", id(3)))
         .await;
-    let (one, five) = (id(1), id(5));
+    let (one, five, six) = (id(1), id(5), id(6));
     for (options, jobs) in [
         (vec!["--org", "42"], vec![1, 2, 3]),
         (vec!["--org", "acme,42", "--reason", "message_refused"], vec![1, 3, 4]),
@@ -193,6 +192,8 @@ async fn filters_combine() {
         (vec!["--since", "4d", "--until", "36h"], vec![3, 4]),
         (vec!["--id", &one, "--id", &five], vec![1, 5]),
         (vec!["--id", &one, "--org", "acme"], vec![]),
+        (vec!["--id", &six], vec![6]),
+        (vec!["--id", &six, "--org", "42"], vec![]),
         (vec!["--org", "42", "--limit", "1"], vec![1]),
     ] {
         assert_eq!(house.listed(&options).await, jobs, "{options:?}");
@@ -200,7 +201,7 @@ async fn filters_combine() {
     let platform = house.json(&["dead", "list", "--platform"]).await;
     let ids: Vec<_> =
         platform.as_array().unwrap().iter().map(|letter| letter["id"].as_str().unwrap()).collect();
-    assert_eq!(ids, [five.as_str(), &unread_id], "and what tells no organization");
+    assert_eq!(ids, [five.as_str()], "and not what tells no organization");
     assert_eq!(house.listed(&["--org", "platform"]).await, Vec::<u128>::new(), "an id like any other");
     let nothing = house.done(&["dead", "list", "--kind", "unheard.of"]).await;
     assert_eq!(nothing, "No dead letter matches.\n");
@@ -215,14 +216,15 @@ async fn a_letter_in_a_listing_has_the_contracts_keys_and_no_address() {
         recipients: Some(vec![1]),
         ..house.letter(1, DAY + MINUTE)
     };
-    let unread = NewLetter { key: None, kind: None, lane: None, ..house.letter(2, DAY * 5) };
-    house.archive(&[letter.clone(), unread]).await;
+    let unread = NewLetter { job_id: None, key: None, kind: None, lane: None, ..house.letter(2, DAY * 5) };
+    house.archive(&[letter.clone(), unread, of(house.letter(3, DAY * 6), None)]).await;
 
     let listed = house.json(&["dead", "list"]).await;
     shows_nobody(&listed.to_string());
     for (key, value) in [
         ("id", json!(id(1))),
         ("organization_id", json!("42")),
+        ("platform", json!(false)),
         ("state", json!("dead")),
         ("reason", json!("message_refused")),
         ("detail", json!("550 <a…@example.org> is unknown")),
@@ -242,14 +244,19 @@ async fn a_letter_in_a_listing_has_the_contracts_keys_and_no_address() {
     for time in ["died_at", "first_at", "archived_at"] {
         assert!(listed[0][time].as_str().is_some_and(|time| time.ends_with('Z')), "{time}");
     }
-    assert_eq!((&listed[1]["id"], &listed[1]["organization_id"]), (&listed[1]["letter"], &json!(null)));
+    assert_eq!(listed[1]["id"], listed[1]["letter"]);
+    for (at, platform) in [(1, false), (2, true)] {
+        let owner = (&listed[at]["organization_id"], &listed[at]["platform"]);
+        assert_eq!(owner, (&json!(null), &json!(platform)), "{at}");
+    }
 
     let table = house.done(&["dead", "list"]).await;
     shows_nobody(&table);
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["AGE", "ORG", "KIND", "REASON", "ATTEMPTS", "STATE", "ID"]);
     assert_eq!(lines[1], ["1d", "42", "booking.confirmed", "message_refused", "3", "dead", &id(1)]);
-    assert_eq!(lines[2][..3], ["5d", "-", "-"]);
+    assert_eq!(lines[2][..3], ["5d", "(unknown)", "-"]);
+    assert_eq!(lines[3][..2], ["6d", "(platform)"]);
 }
 
 #[tokio::test]
@@ -401,9 +408,9 @@ async fn letters_are_counted_by_reason_organization_and_age() {
 
     let stats = house.json(&["dead", "stats"]).await;
     let expected = json!([
-        {"reason": "message_refused", "organization_id": "42", "total": 5,
+        {"reason": "message_refused", "organization_id": "42", "platform": false, "total": 5,
          "ages": {"hour": 1, "day": 1, "week": 1, "month": 1, "older": 1}},
-        {"reason": "timeout", "organization_id": null, "total": 1,
+        {"reason": "timeout", "organization_id": null, "platform": true, "total": 1,
          "ages": {"hour": 0, "day": 0, "week": 1, "month": 0, "older": 0}},
     ]);
     assert_eq!(stats, expected);
@@ -430,14 +437,14 @@ async fn a_job_that_only_the_archive_knows_has_a_status() {
         turn: Turn(0),
         ..with_body(house.letter(1, MINUTE), body.as_bytes())
     };
-    let unread = NewLetter { key: None, ..malformed.clone() };
+    let unread = NewLetter { job_id: None, key: None, ..malformed.clone() };
     house.archive(&[malformed.clone(), unread.clone()]).await;
 
     let id = id(1);
     let expected = json!({
         "id": id, "organization_id": "42", "state": "dead", "reason": "malformed", "attempts": 0,
         "next_attempt_at": null, "message_id": null, "reply": null, "history": [],
-        "detail": "to: must be an array", "letter": malformed.id(), "refused": [],
+        "detail": "to: must be an array", "letter": malformed.id(), "refused": [], "platform": false,
     });
     let answer = house.json(&["job", "status", &id, "--org", "42"]).await;
     for (key, value) in expected.as_object().unwrap() {
@@ -460,6 +467,52 @@ async fn a_job_that_only_the_archive_knows_has_a_status() {
     assert_eq!(job_status(&house, json!(7), &id).await["error"]["code"], "not_found");
     let nobodys = job_status(&house, json!(null), &unread.id().to_string()).await;
     assert_eq!(nobodys["error"]["code"], "not_found", "a letter without a job is no job of the platform's");
+}
+
+#[tokio::test]
+async fn a_letter_that_tells_an_id_and_no_usable_organization_is_found_by_that_id_and_is_nobodys_job() {
+    let house = House::new().await;
+    let body = json!({"version": 1, "id": Uuid::from_u128(1), "organization_id": "not valid!", "kind": "k"});
+    let unknown = NewLetter {
+        key: None,
+        reason: Reason::Malformed,
+        detail: Some("organization_id: must be an integer".into()),
+        ..with_body(house.letter(1, MINUTE), body.to_string().as_bytes())
+    };
+    house.archive(std::slice::from_ref(&unknown)).await;
+    let (id, letter) = (id(1), unknown.id().to_string());
+    assert_eq!(house.listed(&["--id", &id]).await, [1]);
+    assert_eq!(house.listed(&["--id", &id, "--platform"]).await, Vec::<u128>::new());
+    let headline = format!("(unknown)/{id}: dead\n");
+    for command in [["dead", "show"], ["job", "status"]] {
+        for name in [&id, &letter] {
+            let story = house.done(&[&command[..], &[name]].concat()).await;
+            assert!(story.starts_with(&headline) && story.contains("organization_id: must be"), "{story}");
+            let told = house.json(&[&command[..], &[name]].concat()).await;
+            let facts = ["id", "organization_id", "platform", "letter", "reason"].map(|name| &told[name]);
+            let expected = json!([id, null, false, letter, "malformed"]);
+            assert_eq!(json!(facts), expected);
+        }
+        house.fails(&[&command[..], &[&id, "--platform"]].concat(), 1).await;
+    }
+    assert_eq!(house.json(&["dead", "stats"]).await[0]["platform"], false);
+    let discarded = house.json(&["dead", "discard", "--id", &id, "--dry-run"]).await;
+    assert_eq!((&discarded["selected"], &discarded["groups"][0]["platform"]), (&json!(1), &json!(false)));
+    for organization in [json!(null), json!(42)] {
+        for name in [&id, &letter] {
+            let answer = job_status(&house, organization.clone(), name).await;
+            assert_eq!(answer["error"]["code"], "not_found", "it is not known to be theirs");
+        }
+    }
+
+    // An older letter of somebody's job comes before one of nobody's.
+    house.archive(&[house.letter(1, DAY)]).await;
+    for command in [["dead", "show"], ["job", "status"]] {
+        let story = house.done(&[&command[..], &[&id]].concat()).await;
+        assert!(story.starts_with(&format!("42/{id}: dead\n")), "{story}");
+        let story = house.done(&[&command[..], &[&letter]].concat()).await;
+        assert!(story.starts_with(&headline), "{story}");
+    }
 }
 
 /// What the control command answers.

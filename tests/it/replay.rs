@@ -62,7 +62,7 @@ async fn keep(world: &World, letters: &[NewLetter]) {
         .run(
             "INSERT INTO jobs (id, organization_id, body_hash, state, turn, owner, attempts, first_at, updated_at, reason) \
              SELECT job_id, organization_id, body_hash, 'dead', turn, 0, attempts, first_at, now(), reason \
-             FROM dead_letters WHERE job_id IS NOT NULL ON CONFLICT DO NOTHING",
+             FROM dead_letters WHERE organization_id IS NOT NULL ON CONFLICT DO NOTHING",
         )
         .await;
 }
@@ -313,7 +313,7 @@ async fn what_may_not_be_sent_again_is_left_out_with_the_reason_and_a_dry_run_ch
     assert_eq!(preview["skipped"], expected);
     assert_eq!(
         preview["groups"],
-        json!([{"reason": "message_refused", "organization_id": null, "count": 1}])
+        json!([{"reason": "message_refused", "organization_id": null, "platform": true, "count": 1}])
     );
     let (_, words, _) = world.run(&["dead", "replay", "--all", "--dry-run"]).await;
     for line in

@@ -107,7 +107,7 @@ impl Shape {
 pub(super) fn explain(body: &[u8], error: &serde_json::Error) -> Refusal {
     let watch = match look(body) {
         Ok(watch) => watch,
-        Err(fault) => return fault.into_refusal(None, None),
+        Err(fault) => return fault.into_refusal(Told::default()),
     };
     let fault = match (watch.version, &watch.complaint) {
         (Some(version), _) if version != VERSION => Fault::unsupported(version),
@@ -118,8 +118,7 @@ pub(super) fn explain(body: &[u8], error: &serde_json::Error) -> Refusal {
             error.column()
         )),
     };
-    let told = watch.into_told();
-    fault.into_refusal(told.key, told.kind)
+    fault.into_refusal(watch.into_told())
 }
 
 /// What a body tells of its job; nothing where it is no JSON.
@@ -172,7 +171,7 @@ impl Watch {
             (None, _) | (_, Owner::Unreadable) => None,
         };
         let revision = self.group.zip(self.sequence).map(|(group, sequence)| Revision { group, sequence });
-        Told { key, kind: self.kind, expires_at: self.expires_at, revision }
+        Told { id: self.id, key, kind: self.kind, expires_at: self.expires_at, revision }
     }
 
     fn complain(&mut self, fault: impl fmt::Display) {

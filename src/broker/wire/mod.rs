@@ -11,6 +11,7 @@ mod validate;
 
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey, Revision};
@@ -40,6 +41,8 @@ pub struct Refusal {
     pub reason: Reason,
     /// Field, fault and what is allowed: one line of at most 300 bytes without addresses or content.
     pub detail: String,
+    /// The job's id, where it could be read all the same.
+    pub id: Option<Uuid>,
     /// The job's key, where id and organization could be read all the same.
     pub key: Option<JobKey>,
     /// The job's kind, where it could be read and is a slug.
@@ -49,6 +52,8 @@ pub struct Refusal {
 /// What a body tells of its job, whether or not it is one that can be sent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Told {
+    /// Where it is usable, whatever the organization is.
+    pub id: Option<Uuid>,
     /// Where id and organization are usable.
     pub key: Option<JobKey>,
     /// Where it is a slug.
@@ -75,9 +80,10 @@ impl Fault {
         Self { reason: Reason::UnsupportedVersion, detail }
     }
 
-    fn into_refusal(self, key: Option<JobKey>, kind: Option<String>) -> Refusal {
+    fn into_refusal(self, told: Told) -> Refusal {
         let detail = text::bounded(&text::single_line(&self.detail), DETAIL_MAX);
-        Refusal { reason: self.reason, detail, key, kind }
+        let Told { id, key, kind, .. } = told;
+        Refusal { reason: self.reason, detail, id, key, kind }
     }
 }
 
@@ -97,6 +103,7 @@ pub fn parse_job(body: &[u8], limits: &WireLimits) -> Result<Job, Refusal> {
     let parsed: JobBody = serde_json::from_slice(body).map_err(|error| explain::explain(body, &error))?;
     let key = JobKey { organization: parsed.organization_id.clone(), id: parsed.id };
     let kind = validate::is_slug(&parsed.kind).then(|| parsed.kind.clone());
+    let told = Told { id: Some(key.id), key: Some(key), kind, ..Told::default() };
     let body_hash = Sha256::digest(body).into();
-    validate::job(parsed, body_hash, limits).map_err(|fault| fault.into_refusal(Some(key), kind))
+    validate::job(parsed, body_hash, limits).map_err(|fault| fault.into_refusal(told))
 }

@@ -56,7 +56,8 @@ fn told(body: &Value) -> Told {
 fn accepted(body: &Value) -> Job {
     let job = parse(body).unwrap_or_else(|refusal| panic!("{body}: {refusal:?}"));
     let (key, kind) = (Some(job.key.clone()), Some(job.kind.clone()));
-    let same = Told { key, kind, expires_at: job.expires_at, revision: job.group.clone() };
+    let same =
+        Told { id: Some(job.key.id), key, kind, expires_at: job.expires_at, revision: job.group.clone() };
     assert_eq!(told(body), same, "{body}");
     job
 }
@@ -65,8 +66,8 @@ fn refused(body: &Value) -> Refusal {
     let refusal = parse(body).expect_err(&body.to_string());
     assert!(refusal.detail.len() <= DETAIL_MAX, "{}", refusal.detail);
     assert!(!refusal.detail.contains("does not have the shape"), "unexplained: {body}");
-    let Told { key, kind, .. } = told(body);
-    assert_eq!((&key, &kind), (&refusal.key, &refusal.kind), "{body}");
+    let Told { id, key, kind, .. } = told(body);
+    assert_eq!((&id, &key, &kind), (&refusal.id, &refusal.key, &refusal.kind), "{body}");
     refusal
 }
 
@@ -332,7 +333,7 @@ fn a_refusal_says_whose_job_it_is_where_that_can_be_read() {
     body["organization_id"] = json!("a b");
     body["kind"] = json!("No Slug");
     let refusal = refused(&body);
-    assert_eq!((refusal.key, refusal.kind), (None, None));
+    assert_eq!((refusal.id, refusal.key, refusal.kind), (ID.parse().ok(), None, None));
     let refusal = refused(&with("to", json!(["nobody"])));
     assert_eq!(refusal.key.unwrap().to_string(), format!("platform/{ID}"));
 }
@@ -438,12 +439,13 @@ fn what_is_no_job_still_tells_what_is_usable_of_it() {
     let key = JobKey { organization: Some(OrganizationId::parse("7").unwrap()), id: ID.parse().unwrap() };
     let revision = Some(Revision { group: "booking-1".into(), sequence: 3 });
     let expires_at = Some(datetime!(2026-11-22 20:00 UTC));
-    assert_eq!(told(&broken), Told { key: Some(key), kind: None, expires_at, revision });
+    let id = Some(key.id);
+    assert_eq!(told(&broken), Told { id, key: Some(key), kind: None, expires_at, revision });
     let useless = json!({
         "id": ID, "organization_id": "no organization", "kind": 1, "expires_at": "soon", "group": "a\u{0}b",
         "sequence": -1,
     });
-    assert_eq!(told(&useless), Told::default());
+    assert_eq!(told(&useless), Told { id, ..Told::default() }, "and nobody's job of that id");
     for body in [&b""[..], b"\xff", b"{\"id\":", b"[]", b"7", b"null", br#"{"id": 5}"#] {
         assert_eq!(tell(body), Told::default());
     }

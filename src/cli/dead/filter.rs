@@ -21,7 +21,7 @@ pub(in crate::cli) struct FilterArgs {
     /// Of these organizations. `platform` is an organization's id like any other here: see --platform
     #[arg(long, value_name = "ORG", value_delimiter = ',', value_parser = OrganizationId::parse)]
     org: Vec<OrganizationId>,
-    /// Of the platform itself, or of nobody: the body told no organization. Adds to --org
+    /// Of the platform itself; a letter whose body does not tell its owner is of nobody. Adds to --org
     #[arg(long)]
     platform: bool,
     /// Died last for one of these reasons

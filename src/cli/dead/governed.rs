@@ -9,13 +9,12 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::filter::FilterArgs;
-use super::list::organization;
 use crate::cli::exit::BadArgument;
 use crate::cli::{output, user};
 use crate::clock::Clock;
 use crate::dead_letters::Groups;
 use crate::model::failure::Reason;
-use crate::model::letter::LetterFilter;
+use crate::model::letter::{LetterFilter, Owner};
 use crate::model::organization::OrganizationId;
 use crate::shutdown::Shutdown;
 use crate::store::{AuditEntry, OpenEntry, Store};
@@ -199,8 +198,8 @@ pub(super) fn count(number: u64, name: &str) -> String {
 pub(super) fn histogram(groups: &Groups) -> Vec<String> {
     let mut groups: Vec<_> = groups.iter().collect();
     groups.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-    let line = |((reason, org), count): &(&(Reason, Option<OrganizationId>), &u64)| {
-        format!("  {count:>9}  {:<20} {}", reason.as_str(), organization(org.as_ref()))
+    let line = |((reason, owner), count): &(&(Reason, Owner), &u64)| {
+        format!("  {count:>9}  {:<20} {owner}", reason.as_str())
     };
     groups.iter().map(line).collect()
 }
@@ -209,7 +208,10 @@ pub(super) fn histogram(groups: &Groups) -> Vec<String> {
 pub(super) fn groups_json(groups: &Groups) -> Value {
     groups
         .iter()
-        .map(|((reason, org), count)| json!({ "reason": reason, "organization_id": org, "count": count }))
+        .map(|((reason, owner), count)| {
+            let platform = *owner == Owner::Platform;
+            json!({ "reason": reason, "organization_id": owner.organization(), "platform": platform, "count": count })
+        })
         .collect()
 }
 

@@ -15,7 +15,6 @@ use crate::cli::exit::Done;
 use crate::cli::{output, story};
 use crate::clock::Clock;
 use crate::model::letter::{Letter, LetterDeed, LetterId, Place};
-use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
 use crate::store::{Store, StoreError};
@@ -41,7 +40,7 @@ pub(in crate::cli) struct ListArgs {
     /// Go on behind this letter: what the last line of the page before says
     #[arg(long, value_name = "DIED_AT_LETTER", value_parser = cursor)]
     after: Option<Place>,
-    /// Print an array of {"id","organization_id","state","reason","detail","attempts","died_at",...}
+    /// Print an array of {"id","organization_id","platform","state","reason","detail","attempts","died_at",...}
     #[arg(long)]
     json: bool,
     // Last, for what follows would stand under its heading.
@@ -123,19 +122,6 @@ fn cursor(text: &str) -> Result<Place, String> {
     })
 }
 
-/// Whose a letter is, for a column.
-pub(super) fn owner(letter: &Letter) -> String {
-    match &letter.key {
-        None => "-".to_owned(),
-        Some(key) => organization(key.organization.as_ref()),
-    }
-}
-
-/// An organization for a column; in brackets, for an organization may be called `platform`.
-pub(super) fn organization(organization: Option<&OrganizationId>) -> String {
-    organization.map_or_else(|| "(platform)".to_owned(), ToString::to_string)
-}
-
 fn table(letters: &[Letter], now: OffsetDateTime) -> Vec<String> {
     if letters.is_empty() {
         return Vec::new();
@@ -145,7 +131,7 @@ fn table(letters: &[Letter], now: OffsetDateTime) -> Vec<String> {
     rows.extend(letters.iter().map(|letter| {
         [
             story::age(letter.died_at, now),
-            owner(letter),
+            letter.owner().to_string(),
             letter.kind.as_deref().map_or_else(|| "-".to_owned(), story::masked),
             letter.reason.to_string(),
             letter.attempts.to_string(),

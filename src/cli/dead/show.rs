@@ -2,6 +2,8 @@
 //! Guarantee: what cannot be opened does not keep the rest from being told; the body as it is leaves only with --reveal, and
 //! never to a terminal.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use serde_json::{Value, json};
@@ -9,7 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::message::{Addresses, Message};
-use super::{list, view, words};
+use super::{view, words};
 use crate::cli::exit::{BadArgument, Done};
 use crate::cli::{output, story};
 use crate::clock::Clock;
@@ -82,20 +84,20 @@ pub(super) async fn run(args: &ShowArgs, settings: &Settings) -> anyhow::Result<
     Ok(Done::Well)
 }
 
-/// The letter of that name, or the newest of the job's, and how many others there are.
+/// The letter that is meant, and how many others have the id.
 fn choose(letters: &[Letter], id: Uuid) -> anyhow::Result<(&Letter, usize)> {
-    let Some(newest) = letters.iter().find(|letter| letter.letter.0 == id).or(letters.first()) else {
+    let Some(meant) = words::meant(letters, id) else {
         bail!(
             "the archive has no letter {id}; the job did not die, its letter is on the way, or it is forgotten"
         );
     };
-    if newest.letter.0 != id && letters.iter().any(|letter| letter.key != newest.key) {
-        let mut owners: Vec<_> = letters.iter().map(list::owner).collect();
-        owners.sort();
-        owners.dedup();
+    let owners: BTreeSet<_> =
+        letters.iter().filter_map(|letter| letter.key.as_ref().map(|_| letter.owner().to_string())).collect();
+    if meant.letter.0 != id && owners.len() > 1 {
+        let owners: Vec<_> = owners.into_iter().collect();
         bail!("letters of {} have this id; choose with --org or --platform", owners.join(", "));
     }
-    Ok((newest, letters.len() - 1))
+    Ok((meant, letters.len() - 1))
 }
 
 /// The content, or why there is none to be shown.
@@ -123,8 +125,7 @@ struct Told<'a> {
 impl Told<'_> {
     fn words(&self, now: OffsetDateTime) -> Vec<String> {
         let letter = self.letter;
-        let name = letter.key.as_ref().map_or_else(|| letter.letter.to_string(), ToString::to_string);
-        let mut lines = vec![format!("{name}: {}", letter.state.as_str())];
+        let mut lines = vec![format!("{}: {}", words::name(letter), letter.state.as_str())];
         lines.extend(words::letter(letter, self.ledger, now));
         if let Some(status) = self.ledger {
             let ledger = story::job(status, now);

@@ -8,12 +8,12 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::filter::FilterArgs;
-use super::list::{cut, organization};
+use super::list::cut;
 use crate::cli::exit::Done;
 use crate::cli::output;
 use crate::clock::Clock;
 use crate::model::failure::Reason;
-use crate::model::organization::OrganizationId;
+use crate::model::letter::Owner;
 use crate::parts;
 use crate::settings::Settings;
 use crate::store::{LetterAge, LetterCount};
@@ -29,7 +29,7 @@ const ORGANIZATION: usize = 20;
     columns of ages do not overlap: `<1d` counts what died less than a day, but at least an hour ago."
 )]
 pub(in crate::cli) struct StatsArgs {
-    /// Print an array of {"reason","organization_id","total","ages":{"hour","day","week","month","older"}}
+    /// Print an array of {"reason","organization_id","platform","total","ages":{"hour","day","week","month","older"}}
     #[arg(long)]
     json: bool,
     // Last, for what follows would stand under its heading.
@@ -55,10 +55,10 @@ pub(super) async fn run(args: &StatsArgs, settings: &Settings) -> anyhow::Result
     Ok(Done::Well)
 }
 
-/// The letters of one reason and organization.
+/// The letters of one reason and owner.
 pub(super) struct Bar {
     reason: Reason,
-    organization: Option<OrganizationId>,
+    owner: Owner,
     /// As [`LetterAge::ALL`] has them.
     ages: [u64; LetterAge::ALL.len()],
 }
@@ -72,17 +72,21 @@ impl Bar {
         let ages = LetterAge::ALL.iter().zip(self.ages);
         let ages: Map<String, Value> =
             ages.filter_map(|(age, count)| Some((json!(age).as_str()?.to_owned(), json!(count)))).collect();
-        json!({ "reason": self.reason, "organization_id": self.organization, "total": self.total(), "ages": ages })
+        let platform = self.owner == Owner::Platform;
+        json!({
+            "reason": self.reason, "organization_id": self.owner.organization(), "platform": platform,
+            "total": self.total(), "ages": ages,
+        })
     }
 }
 
 /// The longest bar first.
 pub(super) fn bars(counts: Vec<LetterCount>) -> Vec<Bar> {
     let mut bars: BTreeMap<_, Bar> = BTreeMap::new();
-    for LetterCount { reason, organization, age, count } in counts {
-        let bar = bars.entry((reason.as_str(), organization.clone())).or_insert_with(|| Bar {
+    for LetterCount { reason, owner, age, count } in counts {
+        let bar = bars.entry((reason.as_str(), owner.clone())).or_insert_with(|| Bar {
             reason,
-            organization,
+            owner,
             ages: Default::default(),
         });
         let class = LetterAge::ALL.iter().position(|known| *known == age);
@@ -97,7 +101,7 @@ pub(super) fn bars(counts: Vec<LetterCount>) -> Vec<Bar> {
 /// all.
 pub(super) fn histogram(bars: &[Bar], shown: usize, drawn: bool) -> Vec<String> {
     let longest = bars.iter().map(Bar::total).max().unwrap_or_default();
-    let named = |bar: &Bar| organization(bar.organization.as_ref()).chars().count();
+    let named = |bar: &Bar| bar.owner.to_string().chars().count();
     let width = bars[..shown].iter().map(named).max().unwrap_or_default().clamp(12, ORGANIZATION);
     let row = |reason: &str, organization: &str, total: &str, ages: &[String]| {
         let ages: String = ages.iter().map(|age| format!(" {age:>7}")).collect();
@@ -106,7 +110,7 @@ pub(super) fn histogram(bars: &[Bar], shown: usize, drawn: bool) -> Vec<String> 
     let heads = LetterAge::ALL.map(|age| age.as_str().to_owned());
     let mut lines = vec![row("REASON", "ORGANIZATION", "TOTAL", &heads)];
     for bar in &bars[..shown] {
-        let owner = organization(bar.organization.as_ref());
+        let owner = bar.owner.to_string();
         let numbers = bar.ages.map(|age| age.to_string());
         let line = row(bar.reason.as_str(), &owner, &bar.total().to_string(), &numbers);
         lines.push(if drawn { format!("{line}  {}", drawing(bar.total(), longest)) } else { line });
@@ -136,10 +140,15 @@ fn drawing(count: u64, longest: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::organization::OrganizationId;
 
     fn count(reason: Reason, organization: &str, age: LetterAge, count: u64) -> LetterCount {
-        let organization = (!organization.is_empty()).then(|| OrganizationId::parse(organization).unwrap());
-        LetterCount { reason, organization, age, count }
+        let owner = match organization {
+            "" => Owner::Platform,
+            "?" => Owner::Unknown,
+            text => Owner::Organization(OrganizationId::parse(text).unwrap()),
+        };
+        LetterCount { reason, owner, age, count }
     }
 
     fn some() -> Vec<Bar> {
@@ -147,6 +156,7 @@ mod tests {
             count(Reason::Timeout, "42", LetterAge::Hour, 1),
             count(Reason::Timeout, "42", LetterAge::Older, 2),
             count(Reason::Timeout, "", LetterAge::Day, 1),
+            count(Reason::Timeout, "?", LetterAge::Day, 1),
             count(Reason::AuthFailed, &"x".repeat(64), LetterAge::Week, 96),
         ])
     }
@@ -154,18 +164,19 @@ mod tests {
     #[test]
     fn the_numbers_add_up_and_the_most_come_first() {
         assert_eq!(
-            histogram(&some(), 3, false),
+            histogram(&some(), 4, false),
             [
                 "REASON               ORGANIZATION            TOTAL      <1h     <1d     <7d    <30d   older",
                 "auth_failed          xxxxxxxxxxxxxxxxxxx…       96        0       0      96       0       0",
                 "timeout              42                          3        1       0       0       0       2",
                 "timeout              (platform)                  1        0       1       0       0       0",
-                "total                                          100        1       1      96       0       2",
+                "timeout              (unknown)                   1        0       1       0       0       0",
+                "total                                          101        1       2      96       0       2",
             ]
         );
         let short = histogram(&some(), 1, false);
-        assert_eq!(short[2].split_whitespace().collect::<Vec<_>>(), ["(2", "more)", "4"]);
-        assert!(short[3].starts_with("total") && short[3].contains("100"), "{short:?}");
+        assert_eq!(short[2].split_whitespace().collect::<Vec<_>>(), ["(3", "more)", "5"]);
+        assert!(short[3].starts_with("total") && short[3].contains("101"), "{short:?}");
     }
 
     #[test]
@@ -187,9 +198,11 @@ mod tests {
     #[test]
     fn a_bar_in_json_names_each_age() {
         let platform = json!({
-            "reason": "timeout", "organization_id": null, "total": 1,
+            "reason": "timeout", "organization_id": null, "platform": true, "total": 1,
             "ages": {"hour": 0, "day": 1, "week": 0, "month": 0, "older": 0},
         });
         assert_eq!(some()[2].json(), platform);
+        let unknown = some()[3].json();
+        assert_eq!((&unknown["organization_id"], &unknown["platform"]), (&json!(null), &json!(false)));
     }
 }

@@ -7,15 +7,17 @@ use uuid::Uuid;
 
 use crate::model::address::mask_addresses;
 use crate::model::failure::Reason;
-use crate::model::letter::{Letter, LetterDeed, LetterId, LetterState};
+use crate::model::letter::{Letter, LetterDeed, LetterId, LetterState, Owner};
 use crate::model::organization::OrganizationId;
 
 #[derive(Serialize)]
 pub(super) struct LetterView<'a> {
     /// The job's id, or the letter's where the body told none.
     id: Uuid,
-    /// `null`: the platform, or where the body told none.
+    /// `null`: the platform's, or where the body does not tell whose it is.
     organization_id: Option<&'a OrganizationId>,
+    /// Tells these two apart.
+    platform: bool,
     state: LetterState,
     reason: Reason,
     detail: Option<String>,
@@ -46,6 +48,7 @@ pub(super) fn letter<'a>(letter: &'a Letter, history: &'a [LetterDeed]) -> Lette
     LetterView {
         id: letter.id(),
         organization_id: letter.key.as_ref().and_then(|key| key.organization.as_ref()),
+        platform: letter.owner() == Owner::Platform,
         state: letter.state,
         reason: letter.reason,
         detail: letter.detail.as_deref().map(mask_addresses),

@@ -2,12 +2,29 @@
 //! Guarantee: nothing of its content, and no address.
 
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::cli::output::harmless;
 use crate::cli::story::{advice, because, counted, fact, masked, moment};
 use crate::model::failure::Reason;
 use crate::model::ledger::{JobOutcome, JobStatus, State};
 use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
+
+/// The one of the letters found by an id, newest first, that is meant: the letter of that name, or the newest of a known job,
+/// or else the newest.
+pub(in crate::cli) fn meant(letters: &[Letter], id: Uuid) -> Option<&Letter> {
+    let named = letters.iter().find(|letter| letter.letter.0 == id);
+    named.or_else(|| letters.iter().find(|letter| letter.key.is_some())).or(letters.first())
+}
+
+/// A letter's name in a headline: its job's, as far as the body tells, or else its own.
+pub(in crate::cli) fn name(letter: &Letter) -> String {
+    match (&letter.key, letter.job_id) {
+        (Some(key), _) => key.to_string(),
+        (None, Some(id)) => format!("{}/{id}", letter.owner()),
+        (None, None) => letter.letter.to_string(),
+    }
+}
 
 /// The letter's own story; `ledger` is what became of its job, where the ledger knows.
 pub(in crate::cli) fn letter(
@@ -134,7 +151,6 @@ fn positions(recipients: &[u16]) -> String {
 mod tests {
     use time::Duration;
     use time::macros::datetime;
-    use uuid::Uuid;
 
     use super::*;
     use crate::model::job::JobKey;
@@ -146,6 +162,7 @@ mod tests {
     fn replayed(state: LetterState) -> Letter {
         Letter {
             letter: LetterId(Uuid::from_u128(8)),
+            job_id: Some(Uuid::from_u128(7)),
             key: Some(JobKey { organization: None, id: Uuid::from_u128(7) }),
             kind: None,
             lane: None,

@@ -71,9 +71,9 @@ async fn ledger(args: &StatusArgs, store: &Store) -> Result<Vec<JobStatus>, crat
     Ok(store.job_status(&key).await?.into_iter().collect())
 }
 
-/// A job that no worker could take up has no row in the ledger, but a letter.
+/// A job that no worker could take up has no row in the ledger, but a letter; so has one of which nobody can say whose it is.
 fn from_archive(args: &StatusArgs, letters: &[Letter]) -> anyhow::Result<Done> {
-    let Some(newest) = letters.iter().find(|letter| letter.letter.0 == args.id).or(letters.first()) else {
+    let Some(meant) = words::meant(letters, args.id) else {
         let whose = match &args.org {
             Some(org) => format!(" of organization {org}"),
             None if args.platform => " of the platform".to_owned(),
@@ -85,18 +85,17 @@ fn from_archive(args: &StatusArgs, letters: &[Letter]) -> anyhow::Result<Done> {
             args.id
         );
     };
-    if newest.letter.0 != args.id {
+    if meant.letter.0 != args.id {
         only(&letters.iter().filter_map(|letter| letter.key.clone()).collect::<Vec<_>>())?;
     }
-    let view = letter_status_json(newest);
+    let view = letter_status_json(meant);
     if args.json {
         output::json(&view)?;
         return Ok(Done::Well);
     }
-    let name = newest.key.as_ref().map_or_else(|| newest.letter.to_string(), ToString::to_string);
-    output::line(&format!("{name}: {}", view["state"].as_str().unwrap_or_default()))?;
+    output::line(&format!("{}: {}", words::name(meant), view["state"].as_str().unwrap_or_default()))?;
     output::line("The ledger does not know it; the archive of dead letters does.")?;
-    words::letter(newest, None, Clock::system().now()).iter().try_for_each(|line| output::line(line))?;
+    words::letter(meant, None, Clock::system().now()).iter().try_for_each(|line| output::line(line))?;
     Ok(Done::Well)
 }
 

@@ -98,7 +98,7 @@ pub struct Tally {
     pub too_often: Vec<Uuid>,
     /// Why letters could not be opened, each reason once: there are as many as keys that are missing, and one.
     pub unopened: BTreeSet<String>,
-    /// Of those replayed, or that would be: by last death and organization.
+    /// Of those replayed, or that would be: by last death and owner.
     pub groups: Groups,
 }
 
@@ -123,8 +123,7 @@ impl Tally {
 
     fn replay(&mut self, letter: &Letter) {
         self.replayed += 1;
-        let organization = letter.key.as_ref().and_then(|key| key.organization.clone());
-        *self.groups.entry((letter.reason, organization)).or_default() += 1;
+        *self.groups.entry((letter.reason, letter.owner())).or_default() += 1;
     }
 }
 

@@ -179,8 +179,8 @@ async fn insert_slice(
     let each = || letters.iter();
     sqlx::query_scalar(INSERT)
         .bind(each().map(|l| l.id().0).collect::<Vec<_>>())
-        .bind(each().map(|l| l.key.as_ref().map(|key| key.id)).collect::<Vec<_>>())
-        .bind(each().map(|l| l.key.as_ref().map_or("", organization_text)).collect::<Vec<_>>())
+        .bind(each().map(|l| l.job_id).collect::<Vec<_>>())
+        .bind(each().map(|l| l.key.as_ref().map(organization_text)).collect::<Vec<_>>())
         .bind(each().map(|l| kind(l)).collect::<Vec<_>>())
         .bind(each().map(|l| l.lane.as_deref().map(clean)).collect::<Vec<_>>())
         .bind(each().map(|l| clean(&l.routing_key)).collect::<Vec<_>>())

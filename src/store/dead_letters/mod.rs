@@ -16,6 +16,7 @@ use serde_json::Value;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
+use uuid::Uuid;
 
 pub use archive::Archived;
 pub use content::{Content, Unopened};
@@ -29,7 +30,7 @@ use super::ledger::count;
 use crate::model::failure::Reason;
 use crate::model::job::{JobKey, Revision};
 use crate::model::ledger::Turn;
-use crate::model::letter::{Letter, LetterId, LetterState};
+use crate::model::letter::{Letter, LetterId, LetterState, Owner};
 use crate::model::organization::OrganizationId;
 use crate::secrets::KeyRing;
 
@@ -67,7 +68,14 @@ use letter_columns;
 /// name for. Entries of the history that it does not understand are left out.
 fn read_letter(row: &PgRow) -> Result<Letter, sqlx::Error> {
     let unreadable = |what: &str| sqlx::Error::Decode(format!("a letter's {what} is none").into());
-    let organization = read_organization(row.try_get("organization_id")?)?;
+    let job_id: Option<Uuid> = row.try_get("job_id")?;
+    let key = match (job_id, read_owner(row.try_get("organization_id")?)?) {
+        (Some(id), Owner::Platform) => Some(JobKey { organization: None, id }),
+        (Some(id), Owner::Organization(organization)) => {
+            Some(JobKey { organization: Some(organization), id })
+        }
+        (None, _) | (_, Owner::Unknown) => None,
+    };
     let state = LetterState::from_name(row.try_get("state")?).ok_or_else(|| unreadable("state"))?;
     let body_hash: &[u8] = row.try_get("body_hash")?;
     let group: Option<String> = row.try_get("group_name")?;
@@ -75,7 +83,8 @@ fn read_letter(row: &PgRow) -> Result<Letter, sqlx::Error> {
     let Json(history): Json<Vec<Value>> = row.try_get("history")?;
     Ok(Letter {
         letter: LetterId(row.try_get("letter")?),
-        key: row.try_get::<Option<_>, _>("job_id")?.map(|id| JobKey { organization, id }),
+        job_id,
+        key,
         kind: row.try_get("kind")?,
         lane: row.try_get("lane")?,
         routing_key: row.try_get("routing_key")?,
@@ -106,12 +115,12 @@ fn read_reason(row: &PgRow) -> Result<Reason, sqlx::Error> {
         .ok_or_else(|| sqlx::Error::Decode(format!("a letter's reason `{name}` is none").into()))
 }
 
-/// The empty text is the platform, or a body that told no organization.
-fn read_organization(text: &str) -> Result<Option<OrganizationId>, sqlx::Error> {
-    if text.is_empty() {
-        return Ok(None);
+fn read_owner(organization: Option<&str>) -> Result<Owner, sqlx::Error> {
+    match organization {
+        None => Ok(Owner::Unknown),
+        Some("") => Ok(Owner::Platform),
+        Some(text) => OrganizationId::parse(text)
+            .map(Owner::Organization)
+            .map_err(|_| sqlx::Error::Decode("a letter's organization is none".into())),
     }
-    OrganizationId::parse(text)
-        .map(Some)
-        .map_err(|_| sqlx::Error::Decode("a letter's organization is none".into()))
 }

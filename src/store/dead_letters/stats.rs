@@ -9,10 +9,9 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 
 use super::search::{bind_filter, filtered};
-use super::{read_organization, read_reason};
+use super::{read_owner, read_reason};
 use crate::model::failure::Reason;
-use crate::model::letter::LetterFilter;
-use crate::model::organization::OrganizationId;
+use crate::model::letter::{LetterFilter, Owner};
 use crate::store::{Store, StoreError};
 
 /// Longest look at every letter.
@@ -51,12 +50,12 @@ impl LetterAge {
 }
 
 /// How many letters have all three in common.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LetterCount {
     /// Why they died last.
     pub reason: Reason,
-    /// Whose they are; none is the platform, or that their bodies do not tell.
-    pub organization: Option<OrganizationId>,
+    /// Whose they are.
+    pub owner: Owner,
     /// How long ago, by the database's clock.
     pub age: LetterAge,
     /// So many.
@@ -127,7 +126,7 @@ fn read_count(row: &PgRow) -> Result<LetterCount, sqlx::Error> {
     let age = usize::try_from(age).ok().and_then(|age| LetterAge::ALL.get(age).copied());
     Ok(LetterCount {
         reason: read_reason(row)?,
-        organization: read_organization(row.try_get("organization_id")?)?,
+        owner: read_owner(row.try_get("organization_id")?)?,
         age: age.unwrap_or(LetterAge::Older),
         count: number(row)?,
     })

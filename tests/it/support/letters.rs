@@ -49,6 +49,7 @@ impl World {
 /// A letter that a worker wrote when it gave up a job because the server had refused the message.
 pub fn new_letter(key: JobKey, body: Vec<u8>, died_at: OffsetDateTime) -> NewLetter {
     NewLetter {
+        job_id: Some(key.id),
         key: Some(key),
         kind: Some("booking.confirmed".into()),
         lane: Some("notifications".into()),

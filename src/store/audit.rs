@@ -50,18 +50,7 @@ impl Store {
         entry: AuditEntry<'_>,
         summary: serde_json::Value,
     ) -> Result<OpenEntry, StoreError> {
-        let question = sqlx::query_scalar(
-            "INSERT INTO audit (actor, user_id, organization_id, command, outcome, fields, summary) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
-        )
-        .bind(entry.actor)
-        .bind(entry.user_id)
-        .bind(entry.organization.map(OrganizationId::as_str))
-        .bind(entry.command)
-        .bind(entry.outcome)
-        .bind(entry.fields)
-        .bind(summary);
-        self.on_session(async |session| question.fetch_one(session).await).await.map(OpenEntry)
+        self.on_session(async |session| write(session, entry, Some(summary)).await).await.map(OpenEntry)
     }
 
     /// Finishes it: `outcome` as in [`AuditEntry`], `summary` laid over what it began with.
@@ -84,8 +73,18 @@ impl Store {
 
 /// Writes an entry within the change's own transaction.
 pub(super) async fn insert(connection: &mut PgConnection, entry: AuditEntry<'_>) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "INSERT INTO audit (actor, user_id, organization_id, command, outcome, fields) VALUES ($1, $2, $3, $4, $5, $6)",
+    write(connection, entry, None).await.map(drop)
+}
+
+/// The entry's number.
+async fn write(
+    connection: &mut PgConnection,
+    entry: AuditEntry<'_>,
+    summary: Option<serde_json::Value>,
+) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "INSERT INTO audit (actor, user_id, organization_id, command, outcome, fields, summary) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
     )
     .bind(entry.actor)
     .bind(entry.user_id)
@@ -93,7 +92,7 @@ pub(super) async fn insert(connection: &mut PgConnection, entry: AuditEntry<'_>)
     .bind(entry.command)
     .bind(entry.outcome)
     .bind(entry.fields)
-    .execute(connection)
-    .await?;
-    Ok(())
+    .bind(summary)
+    .fetch_one(connection)
+    .await
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::support::broker::{Message, eventually};
+use crate::support::broker::{Message, eventually, eventually_within};
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::story::Letters;
 use crate::support::world::{SOON, WorkerProcess, World, job};
@@ -43,12 +43,8 @@ fn copies(world: &World, id: Uuid) -> usize {
 }
 
 /// [`eventually`] for what takes several rounds through the delay queues.
-async fn in_a_while(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + A_WHILE;
-    while !holds().await {
-        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+async fn in_a_while(what: &str, holds: impl AsyncFnMut() -> bool) {
+    eventually_within(A_WHILE, what, holds).await;
 }
 
 fn faults(letter: &Message) -> Option<i64> {

@@ -31,8 +31,13 @@ pub fn access() -> Access {
 }
 
 /// Waits until a condition holds; panics with `what` after [`SOON`].
-pub async fn eventually<F: AsyncFnMut() -> bool>(what: &str, mut holds: F) {
-    let deadline = Instant::now() + SOON;
+pub async fn eventually<F: AsyncFnMut() -> bool>(what: &str, holds: F) {
+    eventually_within(SOON, what, holds).await;
+}
+
+/// The same with another limit.
+pub async fn eventually_within<F: AsyncFnMut() -> bool>(limit: Duration, what: &str, mut holds: F) {
+    let deadline = Instant::now() + limit;
     while !holds().await {
         assert!(Instant::now() < deadline, "in vain: {what}");
         tokio::time::sleep(Duration::from_millis(25)).await;

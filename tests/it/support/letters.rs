@@ -14,9 +14,9 @@ use sendoff::store::{Content, DeadLetters};
 use sha2::{Digest, Sha256};
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
-use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::broker::eventually_within;
 use super::database::TestDatabase;
 use super::world::{KEYS, World};
 
@@ -80,31 +80,26 @@ pub fn archive(database: &TestDatabase) -> DeadLetters {
 /// The letter of a job, once it is there.
 pub async fn letter(database: &TestDatabase, id: Uuid) -> Letter {
     let store = database.store();
-    let deadline = Instant::now() + A_WHILE;
-    loop {
-        let found = store.letters_of(id, None).await.expect("the database answers");
-        if let Some(letter) = found.into_iter().next() {
-            return letter;
-        }
-        assert!(Instant::now() < deadline, "no letter of {id} in the archive");
-        tokio::time::sleep(Duration::from_millis(25)).await;
-    }
+    let mut found = None;
+    eventually_within(A_WHILE, &format!("a letter of {id} is in the archive"), async || {
+        found = store.letters_of(id, None).await.expect("the database answers").into_iter().next();
+        found.is_some()
+    })
+    .await;
+    found.expect("just seen")
 }
 
 /// Waits until there are so many letters; all of them, newest first.
 pub async fn letters(database: &TestDatabase, count: usize) -> Vec<Letter> {
     let store = database.store();
-    let deadline = Instant::now() + A_WHILE;
-    loop {
-        let found =
-            store.letters(&LetterFilter::default(), None, 10_000).await.expect("the database answers");
+    let mut found = Vec::new();
+    eventually_within(A_WHILE, &format!("{count} letters are in the archive"), async || {
+        found = store.letters(&LetterFilter::default(), None, 10_000).await.expect("the database answers");
         assert!(found.len() <= count, "{} letters instead of {count}", found.len());
-        if found.len() == count {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{} of {count} letters are in the archive", found.len());
-        tokio::time::sleep(Duration::from_millis(250)).await;
-    }
+        found.len() == count
+    })
+    .await;
+    found
 }
 
 /// Keeps every archivist from writing, for as long as it lives.
@@ -124,15 +119,11 @@ impl ArchiveLock {
     pub async fn holds_somebody(&mut self) {
         const WAITING: &str =
             "SELECT count(*) FROM pg_locks WHERE relation = 'dead_letters'::regclass AND NOT granted";
-        let deadline = Instant::now() + A_WHILE;
-        loop {
+        eventually_within(A_WHILE, "somebody writes into the archive", async || {
             let waiting: i64 = sqlx::query_scalar(WAITING).fetch_one(&mut self.0).await.expect("counted");
-            if waiting > 0 {
-                return;
-            }
-            assert!(Instant::now() < deadline, "nobody writes into the archive");
-            tokio::time::sleep(Duration::from_millis(25)).await;
-        }
+            waiting > 0
+        })
+        .await;
     }
 
     /// Lets them go on.

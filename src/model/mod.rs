@@ -2,6 +2,7 @@
 //! Guarantee: no IO, no async, no clock of its own, and nothing imported from the rest of the crate.
 
 pub mod address;
+pub mod advice;
 pub mod event;
 pub mod failure;
 pub mod job;

@@ -157,6 +157,11 @@ impl SmtpConnector {
         Self { observer, ..self.clone() }
     }
 
+    /// What judges the hosts.
+    pub fn egress(&self) -> Arc<Egress> {
+        self.egress.clone()
+    }
+
     /// Opens a session: everything up to and including AUTH. The host is looked up and judged for this connection.
     ///
     /// # Errors

@@ -14,5 +14,6 @@ pub mod organization;
 pub mod policy;
 pub mod replay;
 pub mod schedule;
+pub mod sender_records;
 pub mod smtp_settings;
 pub mod text;

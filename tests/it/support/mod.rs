@@ -5,6 +5,7 @@ pub mod certs;
 pub mod database;
 pub mod dns;
 pub mod letters;
+pub mod providers;
 pub mod proxy;
 pub mod smtp_server;
 pub mod story;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::egress::EgressError;
 use crate::store::{ChangeError, StoreError};
 
-/// The contract's error codes, as far as these commands give them.
+/// The contract's error codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
     /// Not JSON, unknown command, unknown or missing field.
@@ -35,7 +35,21 @@ pub enum Code {
     HostNotFound,
     /// The name could not be looked up.
     DnsFailed,
-    /// The database is away; nothing was changed.
+    /// No connection, or one that was lost, or no SMTP at its other end.
+    ConnectFailed,
+    /// No answer in time.
+    ConnectTimeout,
+    /// Certificate or protocol.
+    TlsFailed,
+    /// No TLS on offer.
+    TlsRequired,
+    /// User name or password refused.
+    AuthFailed,
+    /// The server refused something else.
+    Rejected,
+    /// More tests than `control.tests_per_minute`.
+    RateLimited,
+    /// The database is away, or the worker busy; nothing was changed.
     Unavailable,
     /// A fault of Sendoff itself.
     Internal,
@@ -56,6 +70,13 @@ impl Code {
             Self::PortNotAllowed => "port_not_allowed",
             Self::HostNotFound => "host_not_found",
             Self::DnsFailed => "dns_failed",
+            Self::ConnectFailed => "connect_failed",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::TlsFailed => "tls_failed",
+            Self::TlsRequired => "tls_required",
+            Self::AuthFailed => "auth_failed",
+            Self::Rejected => "rejected",
+            Self::RateLimited => "rate_limited",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",
         }
@@ -146,6 +167,30 @@ impl ControlError {
     pub(super) fn password_needed() -> Self {
         let message = "Enter the SMTP password again: it is only ever sent to the server it was entered for.";
         Self::new(Code::InvalidField, message).field("password")
+    }
+
+    /// Of credentials that are stored and do not open, though their key is there.
+    pub(super) fn unreadable() -> Self {
+        Self::new(Code::InvalidField, "The stored user name and password cannot be read any more")
+            .field("password")
+            .hint("Enter the user name and the password again.")
+    }
+
+    /// A key is missing from this worker's ring, which is no fault of the configuration's.
+    pub(super) fn key_missing() -> Self {
+        Self::new(Code::Internal, "This worker lacks the key that the stored credentials are sealed under")
+            .hint("Tell the operator: the key has to be listed in encryption.keys.")
+    }
+
+    pub(super) fn rate_limited(per_minute: u32, again_in_s: u64) -> Self {
+        let message = format!("At most {per_minute} tests and test emails a minute are allowed");
+        Self::new(Code::RateLimited, message).hint(format!("Try again in {again_in_s} s."))
+    }
+
+    /// As many tests are under way as this worker takes on at once.
+    pub(super) fn too_many_tests() -> Self {
+        Self::new(Code::Unavailable, "Too many tests are under way; this one was not begun")
+            .hint("Try again in a minute.")
     }
 
     pub(super) fn unavailable() -> Self {

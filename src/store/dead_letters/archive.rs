@@ -16,12 +16,10 @@ use crate::model::job::JobKey;
 use crate::model::ledger::Turn;
 use crate::model::letter::{Killer, NewLetter};
 use crate::store::ledger::{array_literal, organization_text, stored_count, without_nul};
-use crate::store::{STATEMENT_BOUND, StoreError};
+use crate::store::{StoreError, bound_for};
 
 /// Sealed bytes in one statement, unless a single letter is larger: the driver's message may be of 1 GiB.
 const STATEMENT_BYTES: usize = 8 << 20;
-/// The slowest way to the database that a large batch may take, in bytes a second.
-const SLOWEST: u64 = 1 << 20;
 /// Longest kind that there is (the contract's); what a body that is no job calls by that name may be of any length, and an
 /// index takes no key above 2,700 bytes.
 const KIND_MAX: usize = 64;
@@ -122,7 +120,7 @@ impl DeadLetters {
         let firsts: Vec<&NewLetter> = copies.values().map(|copies| &letters[copies[0]]).collect();
         let sealed = self.seal(firsts.iter().copied()).await?;
         let bytes: usize = sealed.iter().map(size).sum();
-        let limit = STATEMENT_BOUND + Duration::from_secs(bytes as u64 / SLOWEST);
+        let limit = bound_for(bytes as u64);
         self.store
             .on_session_within(limit, async |session| {
                 let mut transaction = session.begin().await?;

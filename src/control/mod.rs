@@ -6,6 +6,7 @@ mod error;
 mod examined;
 mod feature_set;
 mod fields;
+mod job_cancel;
 mod job_status;
 mod request;
 mod send_test_email;
@@ -190,6 +191,7 @@ impl Control {
             Command::SendTestEmail => self.send_test_email(call).await,
             Command::FeatureSet => self.feature_set(call).await,
             Command::JobStatus => self.job_status(call).await,
+            Command::JobCancel => self.job_cancel(call).await,
         }
     }
 
@@ -275,6 +277,7 @@ fn params_of(command: Command) -> &'static [&'static str] {
         Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
         Command::FeatureSet => feature_set::PARAMS,
         Command::JobStatus => job_status::PARAMS,
+        Command::JobCancel => job_cancel::PARAMS,
     }
 }
 

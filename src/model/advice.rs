@@ -29,7 +29,9 @@ pub fn hint(failure: &Failure, server: ServerFacts<'_>) -> String {
 /// What to do where only the reason is known.
 pub fn of_reason(reason: Reason) -> &'static str {
     match reason {
-        Reason::AuthFailed => "Check the user name and the password. Many providers want an app password here.",
+        Reason::AuthFailed => {
+            "Check the user name and the password. Many providers want an app password here."
+        }
         Reason::ConfigUnreadable => "Enter the user name and the password again.",
         _ => "Try again later.",
     }

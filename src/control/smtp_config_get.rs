@@ -61,7 +61,7 @@ pub(super) fn view(organization: &OrganizationId, config: &SmtpConfig) -> Value 
             ok: test.ok,
             code: test.code.as_deref()
         }),
-        status: "ok",
+        status: if config.failing.is_some() { "failing" } else { "ok" },
         created_at: config.created_at,
         updated_at: config.updated_at,
     })

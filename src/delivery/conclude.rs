@@ -19,6 +19,8 @@ pub struct Conclusion {
     pub settlement: Settlement,
     /// Attempts made, this one included.
     pub attempts: u32,
+    /// Those of them that do not count towards the end of the retries.
+    pub spared: u32,
     /// Unknown outcomes so far.
     pub unknowns: u32,
     /// Positions still to be sent to; `None`: every recipient.
@@ -45,6 +47,7 @@ pub fn conclude(
     let mut conclusion = Conclusion {
         settlement: Settlement::Sent,
         attempts: claimed.attempts + 1,
+        spared: claimed.spared,
         unknowns: claimed.unknowns + u32::from(report.verdict == Some(Verdict::Unknown)),
         pending: None,
         refused,
@@ -111,6 +114,7 @@ pub fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Se
         turn: claimed.turn,
         outcome: conclusion.settlement.clone(),
         attempts: conclusion.attempts,
+        spared: conclusion.spared,
         unknowns: conclusion.unknowns,
         message_id: claimed.message_id.clone(),
         pending: conclusion.pending.clone(),
@@ -127,6 +131,7 @@ impl Conclusion {
         Self {
             settlement: Settlement::Released,
             attempts: claimed.attempts,
+            spared: claimed.spared,
             unknowns: claimed.unknowns,
             pending: claimed.pending.clone(),
             refused: claimed.refused.clone(),

@@ -37,6 +37,7 @@ fn claimed() -> Claimed {
         newest_sequence: None,
         custom_smtp: false,
         config_version: None,
+        config_failing: false,
     }
 }
 

@@ -60,6 +60,7 @@ pub fn route(
 mod tests {
     use super::*;
     use crate::model::address::Mailbox;
+    use crate::model::health::Health;
     use crate::model::smtp_settings::TlsMode;
 
     fn account(from: &str) -> Arc<SmtpAccount> {
@@ -75,7 +76,7 @@ mod tests {
     fn taken(flag: bool, own: StoredAccount, mode: CustomSmtp, platform: bool) -> Result<String, NoServer> {
         let id = OrganizationId::parse("acme").unwrap();
         let platform = platform.then(|| account("platform@example.com"));
-        let facts = RouteFacts { custom_smtp: flag, account: own };
+        let facts = RouteFacts { custom_smtp: flag, account: own, health: Health::default() };
         route(Some((&id, &facts)), mode, platform.as_ref()).map(|r| r.account.from.email.domain().to_owned())
     }
 

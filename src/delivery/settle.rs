@@ -333,6 +333,12 @@ impl Desk {
                 announce(death(*reason)).await?;
                 Ok(Outcome::Dead)
             }
+            Settlement::Parked { reason, detail } => {
+                let headers = next(claimed.turn.next());
+                self.bury_copy(delivery, *reason, detail, headers).await?;
+                announce(What::Parked { reason: *reason }).await?;
+                Ok(Outcome::Parked)
+            }
             Settlement::Released => Ok(Outcome::Requeued),
         }
     }

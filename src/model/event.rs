@@ -61,6 +61,12 @@ pub enum What {
         #[serde(with = "time::serde::rfc3339")]
         next_attempt_at: OffsetDateTime,
     },
+    /// Waits for its organization's configuration.
+    #[serde(rename = "email.parked")]
+    Parked {
+        /// What is wrong with that.
+        reason: Reason,
+    },
     /// Dead, with its reason.
     #[serde(rename = "email.dead")]
     Dead {
@@ -88,6 +94,22 @@ pub enum What {
     /// A configuration was deleted.
     #[serde(rename = "smtp_config.deleted")]
     ConfigDeleted {},
+    /// A configuration does not work: from here on its organization's mail is parked.
+    #[serde(rename = "smtp_config.failing")]
+    ConfigFailing {
+        /// Its version.
+        version: i64,
+        /// What is wrong.
+        reason: Reason,
+        /// What to do about it.
+        hint: String,
+    },
+    /// An organization's mail flows again.
+    #[serde(rename = "smtp_config.recovered")]
+    ConfigRecovered {
+        /// How many parked jobs went back to their lanes.
+        released: u64,
+    },
 }
 
 /// A recipient that the server refused, named by its position only.
@@ -107,11 +129,14 @@ impl What {
         match self {
             Self::Sent { .. } => "email.sent",
             Self::Deferred { .. } => "email.deferred",
+            Self::Parked { .. } => "email.parked",
             Self::Dead { .. } => "email.dead",
             Self::Expired { .. } => "email.expired",
             Self::ConfigCreated { .. } => "smtp_config.created",
             Self::ConfigUpdated { .. } => "smtp_config.updated",
             Self::ConfigDeleted {} => "smtp_config.deleted",
+            Self::ConfigFailing { .. } => "smtp_config.failing",
+            Self::ConfigRecovered { .. } => "smtp_config.recovered",
         }
     }
 }

@@ -152,7 +152,8 @@ pub struct Claimed {
     pub turn: Turn,
     /// Attempts made before.
     pub attempts: u32,
-    /// Those of them that were made before the last replay.
+    /// Those of them that do not count towards the end of the retries: made before the last replay, or lost to a fault of
+    /// the configuration.
     pub spared: u32,
     /// When it was first seen.
     pub first_at: OffsetDateTime,
@@ -180,6 +181,8 @@ pub struct Claimed {
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
     pub config_version: Option<i64>,
+    /// Whether that configuration is failing, as of the claim.
+    pub config_failing: bool,
 }
 
 impl Claimed {
@@ -245,6 +248,8 @@ pub struct Settle {
     pub outcome: Settlement,
     /// Attempts made, this one included.
     pub attempts: u32,
+    /// Those of them that do not count towards the end of the retries.
+    pub spared: u32,
     /// Unknown outcomes so far, this one included.
     pub unknowns: u32,
     /// The Message-ID that was used.
@@ -276,6 +281,13 @@ pub enum Settlement {
     /// Given up: a hand-over to the dead letters, so the turn is raised.
     Dead {
         /// Why.
+        reason: Reason,
+        /// In words, without addresses.
+        detail: String,
+    },
+    /// Waits for its organization's configuration: a hand-over to the archive, so the turn is raised.
+    Parked {
+        /// Why the configuration fails.
         reason: Reason,
         /// In words, without addresses.
         detail: String,

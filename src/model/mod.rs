@@ -5,6 +5,7 @@ pub mod address;
 pub mod advice;
 pub mod event;
 pub mod failure;
+pub mod health;
 pub mod job;
 pub mod lanes;
 pub mod ledger;

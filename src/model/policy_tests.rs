@@ -325,6 +325,7 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         newest_sequence: None,
         custom_smtp: false,
         config_version: None,
+        config_failing: false,
     }
 }
 

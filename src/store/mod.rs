@@ -36,8 +36,8 @@ pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
 pub use sealed_keys::SealedReport;
 pub use smtp_configs::{
-    LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig, SmtpConfigPatch, SmtpConfigs,
-    StoredAccount, Unreadable,
+    DueProbe, Failing, LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig,
+    SmtpConfigPatch, SmtpConfigs, StoredAccount, Trouble, Unreadable,
 };
 
 static MIGRATIONS: Migrator = sqlx::migrate!();

@@ -2,6 +2,7 @@
 //! Guarantee: every function is about the one organization it is given, and what can be shown holds no credential.
 
 mod changes;
+mod health;
 mod sending;
 
 use std::fmt;
@@ -13,9 +14,11 @@ use sqlx::{FromRow, Row};
 use time::OffsetDateTime;
 
 pub use changes::{NewSmtpConfig, SmtpConfigPatch};
+pub use health::{DueProbe, Trouble};
 pub use sending::{RouteFacts, StoredAccount, Unreadable};
 
 use super::{Store, StoreError};
+use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
 use crate::secrets::KeyRing;
 
@@ -23,7 +26,7 @@ use crate::secrets::KeyRing;
 macro_rules! shown_columns {
     () => {
         "version, from_email, from_name, host, port, secure, last_test_at, last_test_ok, last_test_code, created_at, \
-         updated_at"
+         updated_at, failing_since, failing_reason, failing_hint"
     };
 }
 
@@ -61,6 +64,8 @@ pub struct SmtpConfig {
     pub secure: bool,
     /// The last connection test of this host and these credentials.
     pub last_test: Option<LastTest>,
+    /// What is wrong with it, while its mail is parked.
+    pub failing: Option<Failing>,
     /// When it was created.
     pub created_at: OffsetDateTime,
     /// When it last changed.
@@ -83,6 +88,17 @@ pub struct LastTest {
     pub ok: bool,
     /// The error's code, when it did not.
     pub code: Option<String>,
+}
+
+/// Why an organization's mail is parked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failing {
+    /// Since when.
+    pub since: OffsetDateTime,
+    /// What is wrong.
+    pub reason: Reason,
+    /// What to do about it.
+    pub hint: String,
 }
 
 /// An organization as the control commands see it.
@@ -138,6 +154,9 @@ struct ConfigRow {
     last_test_code: Option<String>,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
+    failing_since: Option<OffsetDateTime>,
+    failing_reason: Option<String>,
+    failing_hint: Option<String>,
 }
 
 impl ConfigRow {
@@ -151,10 +170,20 @@ impl ConfigRow {
             port: port_from(self.port)?,
             secure: self.secure,
             last_test: last_test.map(|(at, ok)| LastTest { at, ok, code: self.last_test_code }),
+            failing: self.failing_since.map(|since| Failing {
+                since,
+                reason: reason_from(self.failing_reason.as_deref()),
+                hint: self.failing_hint.unwrap_or_default(),
+            }),
             created_at: self.created_at,
             updated_at: self.updated_at,
         })
     }
+}
+
+/// A newer program may have written one that this one has no name for.
+fn reason_from(stored: Option<&str>) -> Reason {
+    stored.and_then(Reason::from_name).unwrap_or(Reason::Internal)
 }
 
 fn port_from(stored: i32) -> Result<u16, StoreError> {

@@ -229,6 +229,7 @@ async fn a_settle_changes_no_index() {
             turn: claimed.turn,
             outcome: Settlement::Sent,
             attempts: 1,
+            spared: 0,
             unknowns: 0,
             message_id: claimed.message_id,
             pending: None,

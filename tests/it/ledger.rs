@@ -72,6 +72,7 @@ fn settle(key: &JobKey, claimed: &Claimed, outcome: Settlement) -> Settle {
         turn: claimed.turn,
         outcome,
         attempts: claimed.attempts + 1,
+        spared: 0,
         unknowns: claimed.unknowns,
         message_id: claimed.message_id.clone(),
         pending: None,

@@ -70,7 +70,8 @@ WITH asked AS MATERIALIZED (
         crashes, unknowns
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
-    coalesce(organizations.custom_smtp, false) AS custom_smtp, smtp_configs.version AS config_version
+    coalesce(organizations.custom_smtp, false) AS custom_smtp, smtp_configs.version AS config_version,
+    smtp_configs.failing_since IS NOT NULL AS config_failing
 FROM granted
 JOIN asked ON asked.id = granted.id AND asked.organization_id = granted.organization_id
 LEFT JOIN organizations ON organizations.organization_id = asked.organization_id
@@ -140,6 +141,7 @@ impl Work for Claims {
             turn: claimed.turn,
             outcome: Settlement::Released,
             attempts: claimed.attempts,
+            spared: claimed.spared,
             unknowns: claimed.unknowns,
             message_id: claimed.message_id,
             pending: claimed.pending,
@@ -293,6 +295,7 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         newest_sequence: row.try_get("newest_sequence")?,
         custom_smtp: row.try_get("custom_smtp")?,
         config_version: row.try_get("config_version")?,
+        config_failing: row.try_get("config_failing")?,
     })
 }
 

@@ -20,9 +20,9 @@ WITH locked AS MATERIALIZED (
     SELECT a.*, j.state AS row_state, j.owner AS row_owner, j.turn AS row_turn
     FROM unnest($1::text[], $2::uuid[], $3::int[], $4::int[], $5::text[], $6::int[], $7::bigint[], $8::text[],
             $9::text[], $10::int[], $11::int[], $12::text[], $13::text[], $14::text[], $15::bool[], $16::text[],
-            $17::text[], $18::bool[])
+            $17::text[], $18::bool[], $19::int[])
         WITH ORDINALITY AS a (organization_id, id, owner, turn, state, next_turn, wait_ms, reason,
-            detail, attempts, unknowns, message_id, pending, refused, partly_sent, reply, attempt, released, position)
+            detail, attempts, unknowns, message_id, pending, refused, partly_sent, reply, attempt, released, spared, position)
     CROSS JOIN LATERAL (
         SELECT state, owner, turn FROM jobs
         WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id
@@ -36,6 +36,7 @@ WITH locked AS MATERIALIZED (
         reason = CASE WHEN s.released THEN jobs.reason ELSE s.reason END,
         detail = CASE WHEN s.released THEN jobs.detail ELSE s.detail END,
         attempts = s.attempts,
+        spared = s.spared,
         unknowns = s.unknowns,
         message_id = s.message_id,
         pending = s.pending::int[],
@@ -124,6 +125,13 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
             detail: Some(detail),
             ..plain
         },
+        Settlement::Parked { reason, detail } => Outcome {
+            state: State::Parked,
+            hand_over: true,
+            reason: Some(reason.as_str()),
+            detail: Some(detail),
+            ..plain
+        },
         Settlement::Released => Outcome { state: State::Deferred, wait_ms: Some(0), ..plain },
     }
 }
@@ -155,6 +163,7 @@ async fn settle(
         .bind(settles.iter().map(|s| s.reply.as_deref().map(clean)).collect::<Vec<_>>())
         .bind(settles.iter().map(|s| attempt_json(s)).collect::<Result<Vec<_>, _>>()?)
         .bind(settles.iter().map(|s| matches!(s.outcome, Settlement::Released)).collect::<Vec<_>>())
+        .bind(settles.iter().map(|s| stored_count(s.spared)).collect::<Vec<_>>())
         .fetch_all(session)
         .await?;
     rows.iter()

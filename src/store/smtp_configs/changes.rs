@@ -13,6 +13,17 @@ use crate::secrets::{Context, Field};
 use crate::store::audit::{self, AuditEntry};
 use crate::store::change::{self, ChangeError, Tx};
 
+/// Mail that waited for it goes through the platform's server.
+const DELETE: &str = "
+WITH deleted AS (
+    DELETE FROM smtp_configs WHERE organization_id = $1 RETURNING organization_id, failing_since
+), noted AS (
+    INSERT INTO recoveries (organization_id, recovered_at)
+    SELECT organization_id, now() FROM deleted WHERE failing_since IS NOT NULL
+    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at
+)
+SELECT count(*) FROM deleted";
+
 /// A configuration to be stored. The host is in its normal form; all values are checked.
 #[derive(Debug)]
 pub struct NewSmtpConfig {
@@ -50,6 +61,11 @@ pub struct SmtpConfigPatch {
 }
 
 impl SmtpConfigPatch {
+    /// Whether what is known of the server and its account no longer counts.
+    fn starts_anew(&self) -> bool {
+        self.touches_connection() || self.from_email.is_some()
+    }
+
     fn touches_connection(&self) -> bool {
         self.host.is_some()
             || self.port.is_some()
@@ -147,7 +163,8 @@ impl SmtpConfigs {
         Ok(row.into_config()?)
     }
 
-    /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew.
+    /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew. What
+    /// is failing stays so until a test has gone well, and is tested at once.
     async fn apply(
         &self,
         tx: &mut Tx,
@@ -164,7 +181,9 @@ impl SmtpConfigs {
                  username_sealed = COALESCE($8, username_sealed), password_sealed = COALESCE($9, password_sealed),
                  last_test_at = CASE WHEN $10 THEN NULL ELSE last_test_at END,
                  last_test_ok = CASE WHEN $10 THEN NULL ELSE last_test_ok END,
-                 last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END
+                 last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END,
+                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, strikes = 0, unreachable_since = NULL, probes = 0,
+                 next_probe_at = CASE WHEN failing_since IS NULL THEN NULL ELSE now() END
              WHERE organization_id = $1 RETURNING ",
             shown_columns!()
         ))
@@ -178,6 +197,7 @@ impl SmtpConfigs {
         .bind(seal(Field::Username, &patch.username))
         .bind(seal(Field::Password, &patch.password))
         .bind(patch.touches_connection())
+        .bind(patch.starts_anew())
         .fetch_one(tx.connection())
         .await
     }
@@ -225,11 +245,9 @@ async fn delete(
     audit: AuditEntry<'_>,
 ) -> Result<(), ChangeError> {
     tx.lock(organization).await?;
-    let deleted = sqlx::query("DELETE FROM smtp_configs WHERE organization_id = $1")
-        .bind(organization.as_str())
-        .execute(tx.connection())
-        .await?;
-    if deleted.rows_affected() == 0 {
+    let deleted: i64 =
+        sqlx::query_scalar(DELETE).bind(organization.as_str()).fetch_one(tx.connection()).await?;
+    if deleted == 0 {
         return Err(ChangeError::NotFound);
     }
     Ok(audit::insert(tx.connection(), audit).await?)

@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use sqlx::{FromRow, Row};
 
-use super::{SmtpConfigs, has_config, port_from};
+use super::{SmtpConfigs, has_config, port_from, reason_from};
 use crate::model::address::{EmailAddress, Mailbox};
+use crate::model::health::Health;
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use crate::secrets::{Context, Field, OpenError};
 use crate::store::{ACQUIRE_BOUND, StoreError};
 
 const SEALED: &str =
-    "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed
+    "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed,
+         worked_at IS NOT NULL AS worked, failing_since IS NOT NULL AS failing, failing_reason,
+         strikes > 0 OR probes > 0 OR unreachable_since IS NOT NULL AS blemished
      FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1";
 
 /// What decides an organization's route, credentials opened.
@@ -23,6 +26,8 @@ pub struct RouteFacts {
     pub custom_smtp: bool,
     /// Its server.
     pub account: StoredAccount,
+    /// Whether that works, as far as is known.
+    pub health: Health,
 }
 
 /// An organization's own server, as far as it can be used.
@@ -95,15 +100,21 @@ impl SmtpConfigs {
         let Some(row) = row else { return Ok(RouteFacts::default()) };
         let custom_smtp = row.try_get("custom_smtp")?;
         if !has_config(&row)? {
-            return Ok(RouteFacts { custom_smtp, account: StoredAccount::None });
+            return Ok(RouteFacts { custom_smtp, ..RouteFacts::default() });
         }
+        let failing: bool = row.try_get("failing")?;
+        let health = Health {
+            worked: row.try_get("worked")?,
+            blemished: row.try_get("blemished")?,
+            failing: failing.then_some(reason_from(row.try_get("failing_reason")?)),
+        };
         let stored = SealedRow::from_row(&row)?;
         let version = stored.version;
         let account = match self.open(organization, stored) {
             Ok(account) => StoredAccount::Ready { version, account: Arc::new(account) },
             Err(cause) => StoredAccount::Unreadable { version, cause },
         };
-        Ok(RouteFacts { custom_smtp, account })
+        Ok(RouteFacts { custom_smtp, account, health })
     }
 
     fn open(&self, organization: &OrganizationId, stored: SealedRow) -> Result<SmtpAccount, Unreadable> {

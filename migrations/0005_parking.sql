@@ -1,0 +1,45 @@
+-- What becomes of an organization whose configuration is at fault: its mail is parked, its server is probed, and once it
+-- works the mail goes out.
+
+ALTER TABLE smtp_configs
+    -- When this server and these credentials were last seen to work for the first time: the first failure of one that
+    -- never worked is enough to park.
+    ADD COLUMN worked_at timestamptz,
+    -- Failures in a row that are the configuration's fault.
+    ADD COLUMN strikes integer NOT NULL DEFAULT 0,
+    -- Since when no connection came about.
+    ADD COLUMN unreachable_since timestamptz,
+    -- Set while its mail is parked.
+    ADD COLUMN failing_since timestamptz,
+    ADD COLUMN failing_reason text COLLATE "C",
+    ADD COLUMN failing_hint text,
+    -- `smtp_config.failing` has been published.
+    ADD COLUMN failing_announced boolean NOT NULL DEFAULT true,
+    -- Pauses between probes since a message was last accepted: each is longer than the one before.
+    ADD COLUMN probes integer NOT NULL DEFAULT 0,
+    ADD COLUMN next_probe_at timestamptz;
+
+CREATE INDEX smtp_configs_failing ON smtp_configs (next_probe_at) WHERE failing_since IS NOT NULL;
+
+-- An organization that has recovered, until its parked mail is released and that is announced.
+CREATE TABLE recoveries (
+    organization_id text        COLLATE "C" PRIMARY KEY,
+    recovered_at    timestamptz NOT NULL,
+    released        bigint      NOT NULL DEFAULT 0
+);
+
+-- What one worker does for all: it holds a lease, and renews it while it lives.
+CREATE TABLE leases (
+    name       text        COLLATE "C" PRIMARY KEY,
+    holder     uuid        NOT NULL,
+    expires_at timestamptz NOT NULL
+);
+
+-- Connection tests and test emails of the last minute.
+CREATE TABLE test_times (
+    organization_id text          COLLATE "C" PRIMARY KEY,
+    at              timestamptz[] NOT NULL
+);
+
+-- The release takes an organization's letters oldest first.
+CREATE INDEX dead_letters_parked ON dead_letters (organization_id, died_at, letter) WHERE state = 'parked';

@@ -1,0 +1,97 @@
+//! Whether an organization's configuration works, and when it is looked at again.
+//! Guarantee: pure; the only place that knows the pauses between probes and what one failure weighs.
+
+use std::time::Duration;
+
+use super::failure::Reason;
+
+/// A server that could not be reached at all for so long is the configuration's fault: the wrong port is the commonest
+/// mistake.
+pub const UNREACHABLE_FOR: Duration = Duration::from_secs(600);
+
+/// Failures in a row, on different connections, that make a configuration fail that has worked before.
+pub const STRIKES: u32 = 2;
+
+/// Pauses before each probe, in seconds; the last one repeats.
+const PAUSES_S: &[i32] = &[300, 600, 1200, 2400, 3600];
+/// A password that is refused again and again locks the account.
+const PAUSES_AFTER_REFUSAL_S: &[i32] = &[3600, 4 * 3600, 12 * 3600];
+
+/// What is known of a configuration's health, as it was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Health {
+    /// It has worked before: one failure is not enough.
+    pub worked: bool,
+    /// Something was noted against it, which a success has to wipe out.
+    pub blemished: bool,
+    /// Its mail is parked, for this reason.
+    pub failing: Option<Reason>,
+}
+
+/// What a failure weighs against a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// The server was reached and refused: [`STRIKES`] in a row, or one where the configuration never worked.
+    Refused,
+    /// No connection was made, for there is none to make: at once.
+    Unconnected,
+    /// The server could not be reached: after [`UNREACHABLE_FOR`].
+    Unreachable,
+}
+
+/// What became of the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blamed {
+    /// It is failing: mail is parked.
+    Failing {
+        /// By this very failure: the event is to be published.
+        just_now: bool,
+    },
+    /// It was noted; the next one may be too many.
+    Noted,
+    /// It was changed or deleted meanwhile: the failure says nothing of what is there now.
+    Outdated,
+}
+
+/// What is wiped out by something that went well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absolution {
+    /// The server was reached.
+    Reached,
+    /// A message was accepted.
+    Worked,
+}
+
+impl Blame {
+    /// How a fault of the configuration, or a server that cannot be reached, is weighed.
+    pub fn of(reason: Reason) -> Self {
+        match reason {
+            Reason::HostNotPublic
+            | Reason::PortNotAllowed
+            | Reason::HostNotFound
+            | Reason::ConfigUnreadable => Self::Unconnected,
+            Reason::ConnectFailed | Reason::ConnectTimeout => Self::Unreachable,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// The pauses before the first, second, … probe, in seconds; the last one repeats.
+pub fn probe_pauses_s(reason: Reason) -> &'static [i32] {
+    if reason == Reason::AuthFailed { PAUSES_AFTER_REFUSAL_S } else { PAUSES_S }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probes_become_rarer_and_a_refused_password_is_tried_least() {
+        for reason in Reason::ALL {
+            let pauses = probe_pauses_s(*reason);
+            assert!(pauses.is_sorted() && pauses[0] >= 300, "{reason}");
+        }
+        assert_eq!(probe_pauses_s(Reason::AuthFailed), [3600, 14_400, 43_200]);
+        assert_eq!(probe_pauses_s(Reason::TlsFailed).last(), Some(&3600));
+    }
+}

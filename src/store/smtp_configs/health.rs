@@ -1,0 +1,254 @@
+//! A configuration's health: failures noted against it, whether its mail is parked, when it is probed.
+//! Guarantee: what is said of one version changes no other; of all who report the same trouble one is told that it begins,
+//! and of all who look for probes one gets each.
+
+use std::time::Duration;
+
+use sqlx::Row;
+
+use super::{SmtpConfigs, reason_from};
+use crate::model::failure::Reason;
+use crate::model::health::{Absolution, Blame, Blamed, STRIKES, UNREACHABLE_FOR, probe_pauses_s};
+use crate::model::organization::OrganizationId;
+use crate::store::ledger::stored_count;
+use crate::store::{Store, StoreError};
+
+/// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes. What is failing keeps the reason it
+/// fails for.
+const BLAME: &str = "
+WITH old AS MATERIALIZED (
+    SELECT organization_id, failing_since, probes,
+        $4 OR ($3 AND (worked_at IS NULL OR strikes + 1 >= $9))
+            OR ($5 AND unreachable_since <= now() - $10 * interval '1 second') AS fails
+    FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
+)
+UPDATE smtp_configs AS c SET
+    strikes = CASE WHEN $3 THEN c.strikes + 1 ELSE c.strikes END,
+    unreachable_since = CASE WHEN $5 THEN coalesce(c.unreachable_since, now()) ELSE NULL END,
+    failing_since = CASE WHEN old.fails THEN coalesce(c.failing_since, now()) ELSE c.failing_since END,
+    failing_reason = CASE WHEN old.fails THEN coalesce(c.failing_reason, $6) ELSE c.failing_reason END,
+    failing_hint = CASE WHEN old.fails THEN coalesce(c.failing_hint, $7) ELSE c.failing_hint END,
+    failing_announced = CASE WHEN old.fails AND c.failing_since IS NULL THEN false ELSE c.failing_announced END,
+    probes = CASE WHEN old.fails AND c.failing_since IS NULL THEN c.probes + 1 ELSE c.probes END,
+    next_probe_at = CASE WHEN old.fails AND c.failing_since IS NULL
+        THEN now() + ($8::int[])[least(c.probes + 1, cardinality($8::int[]))] * interval '1 second'
+        ELSE c.next_probe_at END
+FROM old WHERE c.organization_id = old.organization_id
+RETURNING c.failing_since IS NOT NULL AS failing, old.fails AND old.failing_since IS NULL AS just_now";
+
+/// A message that was accepted while the configuration is failing is a reason to look at once.
+const ABSOLVE: &str = "
+UPDATE smtp_configs SET
+    unreachable_since = NULL,
+    worked_at = CASE WHEN $3 THEN coalesce(worked_at, now()) ELSE worked_at END,
+    strikes = CASE WHEN $3 THEN 0 ELSE strikes END,
+    probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE probes END,
+    next_probe_at = CASE WHEN $3 AND failing_since IS NOT NULL THEN now() ELSE next_probe_at END
+WHERE organization_id = $1 AND version = $2
+    AND (unreachable_since IS NOT NULL OR ($3 AND (worked_at IS NULL OR strikes > 0 OR probes > 0)))";
+
+/// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not.
+const RECOVER: &str = "
+WITH old AS MATERIALIZED (
+    SELECT organization_id, failing_since FROM smtp_configs
+    WHERE organization_id = $1 AND version = $2 FOR UPDATE
+), recovered AS (
+    UPDATE smtp_configs AS c SET worked_at = coalesce(c.worked_at, now()), strikes = 0, unreachable_since = NULL,
+        failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
+    FROM old WHERE c.organization_id = old.organization_id
+), noted AS (
+    INSERT INTO recoveries (organization_id, recovered_at)
+    SELECT organization_id, now() FROM old WHERE failing_since IS NOT NULL
+    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at
+)
+SELECT failing_since IS NOT NULL AS was_failing FROM old";
+
+/// The lease is the time until which nobody else takes the probe. One whose server is not in use is left alone.
+const CLAIM_PROBES: &str = "
+WITH due AS MATERIALIZED (
+    SELECT c.organization_id FROM smtp_configs AS c JOIN organizations AS o USING (organization_id)
+    WHERE c.failing_since IS NOT NULL AND c.next_probe_at <= now() AND ($1 OR o.custom_smtp)
+    ORDER BY c.next_probe_at LIMIT $2
+    FOR UPDATE OF c SKIP LOCKED
+)
+UPDATE smtp_configs AS c SET next_probe_at = now() + $3 * interval '1 second'
+FROM due WHERE c.organization_id = due.organization_id
+RETURNING c.organization_id, c.version";
+
+const PROBE_FAILED: &str = "
+UPDATE smtp_configs SET failing_reason = $3, failing_hint = $4, probes = probes + 1,
+    next_probe_at = now() + ($5::int[])[least(probes + 1, cardinality($5::int[]))] * interval '1 second'
+WHERE organization_id = $1 AND version = $2 AND failing_since IS NOT NULL";
+
+const UNANNOUNCED: &str = "
+SELECT organization_id, version, failing_reason, failing_hint FROM smtp_configs
+WHERE NOT failing_announced AND failing_since <= now() - $1 * interval '1 second'";
+
+/// A configuration that is to be probed, by whoever holds this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DueProbe {
+    /// Whose.
+    pub organization: OrganizationId,
+    /// Which version: another one is another's business.
+    pub version: i64,
+}
+
+/// Trouble that begins, to be announced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// Whose.
+    pub organization: OrganizationId,
+    /// Of which version.
+    pub version: i64,
+    /// What is wrong.
+    pub reason: Reason,
+    /// What to do about it.
+    pub hint: String,
+}
+
+impl SmtpConfigs {
+    /// Notes a failure against one version of a configuration and says whether its mail is to be parked.
+    ///
+    /// # Errors
+    /// When the database did not answer; it may have been noted.
+    pub async fn blame(
+        &self,
+        organization: &OrganizationId,
+        version: i64,
+        reason: Reason,
+        hint: &str,
+    ) -> Result<Blamed, StoreError> {
+        let blame = Blame::of(reason);
+        let question = sqlx::query(BLAME)
+            .bind(organization.as_str())
+            .bind(version)
+            .bind(blame == Blame::Refused)
+            .bind(blame == Blame::Unconnected)
+            .bind(blame == Blame::Unreachable)
+            .bind(reason.as_str())
+            .bind(hint)
+            .bind(probe_pauses_s(reason))
+            .bind(stored_count(STRIKES))
+            .bind(UNREACHABLE_FOR.as_secs_f64());
+        let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
+        let Some(row) = row else { return Ok(Blamed::Outdated) };
+        if !row.try_get::<bool, _>("failing")? {
+            return Ok(Blamed::Noted);
+        }
+        Ok(Blamed::Failing { just_now: row.try_get::<Option<bool>, _>("just_now")?.unwrap_or(false) })
+    }
+
+    /// Wipes out what was noted against one version of a configuration.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn absolve(
+        &self,
+        organization: &OrganizationId,
+        version: i64,
+        by: Absolution,
+    ) -> Result<(), StoreError> {
+        let question =
+            sqlx::query(ABSOLVE).bind(organization.as_str()).bind(version).bind(by == Absolution::Worked);
+        self.store.on_session(async |session| question.execute(session).await).await.map(drop)
+    }
+
+    /// A connection test of this version went well: its mail may go. Whether it was failing.
+    ///
+    /// # Errors
+    /// When the database did not answer; it may be repeated.
+    pub async fn recovered(&self, organization: &OrganizationId, version: i64) -> Result<bool, StoreError> {
+        let question = sqlx::query_scalar(RECOVER).bind(organization.as_str()).bind(version);
+        let was: Option<bool> =
+            self.store.on_session(async |session| question.fetch_optional(session).await).await?;
+        Ok(was.unwrap_or(false))
+    }
+
+    /// Probes that are due, at most `limit`, the longest due first: they are the caller's for `lease`. `for_all`: no feature
+    /// flag is asked for.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn claim_probes(
+        &self,
+        for_all: bool,
+        limit: u32,
+        lease: Duration,
+    ) -> Result<Vec<DueProbe>, StoreError> {
+        let question =
+            sqlx::query(CLAIM_PROBES).bind(for_all).bind(i64::from(limit)).bind(lease.as_secs_f64());
+        let rows = self.store.on_session(async |session| question.fetch_all(session).await).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(DueProbe {
+                    organization: organization_of(row.try_get("organization_id")?)?,
+                    version: row.try_get("version")?,
+                })
+            })
+            .collect()
+    }
+
+    /// A probe found that it still does not work, and why: the next one comes after a longer pause.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn probe_failed(&self, probe: &DueProbe, reason: Reason, hint: &str) -> Result<(), StoreError> {
+        let question = sqlx::query(PROBE_FAILED)
+            .bind(probe.organization.as_str())
+            .bind(probe.version)
+            .bind(reason.as_str())
+            .bind(hint)
+            .bind(probe_pauses_s(reason));
+        self.store.on_session(async |session| question.execute(session).await).await.map(drop)
+    }
+
+    /// Trouble that began at least `ago` ago and that nobody has said to be announced: whoever was to may have died.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn unannounced(&self, ago: Duration) -> Result<Vec<Trouble>, StoreError> {
+        let question = sqlx::query(UNANNOUNCED).bind(ago.as_secs_f64());
+        let rows = self.store.on_session(async |session| question.fetch_all(session).await).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Trouble {
+                    organization: organization_of(row.try_get("organization_id")?)?,
+                    version: row.try_get("version")?,
+                    reason: reason_from(row.try_get("failing_reason")?),
+                    hint: row.try_get::<Option<String>, _>("failing_hint")?.unwrap_or_default(),
+                })
+            })
+            .collect()
+    }
+
+    /// `smtp_config.failing` is published.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn announced(&self, organization: &OrganizationId, version: i64) -> Result<(), StoreError> {
+        let question = sqlx::query(
+            "UPDATE smtp_configs SET failing_announced = true WHERE organization_id = $1 AND version = $2",
+        )
+        .bind(organization.as_str())
+        .bind(version);
+        self.store.on_session(async |session| question.execute(session).await).await.map(drop)
+    }
+}
+
+impl Store {
+    /// How many organizations have their mail parked because their configuration fails.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn failing_count(&self) -> Result<u64, StoreError> {
+        let question =
+            sqlx::query_scalar("SELECT count(*) FROM smtp_configs WHERE failing_since IS NOT NULL");
+        let count: i64 = self.on_session(async |session| question.fetch_one(session).await).await?;
+        Ok(count.unsigned_abs())
+    }
+}
+
+fn organization_of(text: &str) -> Result<OrganizationId, StoreError> {
+    OrganizationId::parse(text)
+        .map_err(|_| StoreError::Internal(format!("`{text}` is stored as an organization")))
+}

@@ -4,6 +4,7 @@
 pub mod address;
 pub mod advice;
 pub mod event;
+pub mod event_schema;
 pub mod failure;
 pub mod health;
 pub mod job;
@@ -14,5 +15,6 @@ pub mod organization;
 pub mod policy;
 pub mod replay;
 pub mod schedule;
+pub mod schema;
 pub mod smtp_settings;
 pub mod text;

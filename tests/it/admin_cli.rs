@@ -81,7 +81,10 @@ async fn fields_are_tested_without_being_stored_and_another_host_takes_the_passw
     let unsaved = ["org", "smtp", "test", "42", "--host", "127.0.0.1", "--port", &port];
     let (code, _, errors) = run(&world, &unsaved).await;
     assert_eq!(code, 1, "{errors}");
-    assert!(errors.contains("Enter the SMTP password again") && errors.contains("--password-file"), "{errors}");
+    assert!(
+        errors.contains("Enter the SMTP password again") && errors.contains("--password-file"),
+        "{errors}"
+    );
 
     let file = world.file("password", format!("{PASSWORD}\n").as_bytes());
     let password = ["--password-file", file.to_str().expect("UTF-8")];
@@ -91,7 +94,10 @@ async fn fields_are_tested_without_being_stored_and_another_host_takes_the_passw
     let private = ["org", "smtp", "test", "42", "--host", "10.0.0.1", "--port", &port];
     let (code, words, errors) = run(&world, &[&private[..], &password].concat()).await;
     assert_eq!(code, 1, "{words}{errors}");
-    assert!(format!("{words}{errors}").contains("SMTP host must be a public address (host_not_public"), "{words}");
+    assert!(
+        format!("{words}{errors}").contains("SMTP host must be a public address (host_not_public"),
+        "{words}"
+    );
 
     let (_, shown, _) = run(&world, &["org", "smtp", "show", "42"]).await;
     assert!(shown.contains("\nhost             localhost\n"), "nothing was stored: {shown}");
@@ -110,9 +116,11 @@ async fn a_test_email_leaves_at_once_and_its_message_id_is_told() {
     let messages = world.received(1).await;
     assert_eq!(messages.len(), 1);
     assert!(words.starts_with("The server took the test email for ann@customer.example: 250 "), "{words}");
-    let message_id = words.lines().last().and_then(|line| line.strip_prefix("Its Message-ID is ")).expect("told");
+    let message_id =
+        words.lines().last().and_then(|line| line.strip_prefix("Its Message-ID is ")).expect("told");
     assert!(String::from_utf8_lossy(&messages[0].body).contains(message_id), "{words}");
-    let (code, _, errors) = run(&world, &["org", "smtp", "send-test", "7", "--to", "ann@customer.example"]).await;
+    let (code, _, errors) =
+        run(&world, &["org", "smtp", "send-test", "7", "--to", "ann@customer.example"]).await;
     assert_eq!(code, 1, "{errors}");
     worker.stop().await;
     world.end().await;
@@ -125,11 +133,17 @@ async fn a_failing_configuration_is_shown_with_what_becomes_of_its_mail() {
     world.organization("42").await;
     world
         .database
-        .run("UPDATE smtp_configs SET failing_since = now(), next_probe_at = now() + interval '1 hour'".to_owned())
+        .run(
+            "UPDATE smtp_configs SET failing_since = now(), next_probe_at = now() + interval '1 hour'"
+                .to_owned(),
+        )
         .await;
     let (code, shown, _) = run(&world, &["org", "smtp", "show", "42"]).await;
     assert_eq!(code, 0);
-    assert!(shown.contains("status           failing: its mail waits (parked) and goes out by itself"), "{shown}");
+    assert!(
+        shown.contains("status           failing: its mail waits (parked) and goes out by itself"),
+        "{shown}"
+    );
     worker.stop().await;
     world.end().await;
 }

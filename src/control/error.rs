@@ -10,56 +10,51 @@ use serde_json::{Value, json};
 use crate::egress::EgressError;
 use crate::store::{ChangeError, StoreError};
 
-/// The contract's error codes, as far as these commands give them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// Not JSON, unknown command, unknown or missing field.
-    InvalidRequest,
-    /// A field's value is unusable.
-    InvalidField,
-    /// `user_id` missing or not allowed.
-    NotAllowed,
-    /// The flag is off.
-    FeatureDisabled,
-    /// One configuration per organization.
-    AlreadyExists,
-    /// Nothing there.
-    NotFound,
-    /// Not the current version.
-    Conflict,
-    /// Not an address of the public internet.
-    HostNotPublic,
-    /// Not among the allowed ports.
-    PortNotAllowed,
-    /// The name has no address.
-    HostNotFound,
-    /// The name could not be looked up.
-    DnsFailed,
-    /// The database is away; nothing was changed.
-    Unavailable,
-    /// A fault of Sendoff itself.
-    Internal,
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
+        /// The contract's error codes.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Code { $($(#[$doc])* $variant,)+ }
+
+        impl Code {
+            /// Every code, in the contract's order.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The contract's name.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+        }
+    };
 }
 
-impl Code {
-    /// The contract's name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::InvalidRequest => "invalid_request",
-            Self::InvalidField => "invalid_field",
-            Self::NotAllowed => "not_allowed",
-            Self::FeatureDisabled => "feature_disabled",
-            Self::AlreadyExists => "already_exists",
-            Self::NotFound => "not_found",
-            Self::Conflict => "conflict",
-            Self::HostNotPublic => "host_not_public",
-            Self::PortNotAllowed => "port_not_allowed",
-            Self::HostNotFound => "host_not_found",
-            Self::DnsFailed => "dns_failed",
-            Self::Unavailable => "unavailable",
-            Self::Internal => "internal",
-        }
-    }
+codes! {
+    /// Not JSON, unknown command, unknown or missing field.
+    InvalidRequest = "invalid_request",
+    /// A field's value is unusable.
+    InvalidField = "invalid_field",
+    /// `user_id` missing or not allowed.
+    NotAllowed = "not_allowed",
+    /// The flag is off.
+    FeatureDisabled = "feature_disabled",
+    /// One configuration per organization.
+    AlreadyExists = "already_exists",
+    /// Nothing there.
+    NotFound = "not_found",
+    /// Not the current version.
+    Conflict = "conflict",
+    /// Not an address of the public internet.
+    HostNotPublic = "host_not_public",
+    /// Not among the allowed ports.
+    PortNotAllowed = "port_not_allowed",
+    /// The name has no address.
+    HostNotFound = "host_not_found",
+    /// The name could not be looked up.
+    DnsFailed = "dns_failed",
+    /// The database is away; nothing was changed.
+    Unavailable = "unavailable",
+    /// A fault of Sendoff itself.
+    Internal = "internal",
 }
 
 impl Serialize for Code {

@@ -75,6 +75,8 @@ const BEYOND_THE_SCHEMA: &[&str] = &[
     "is not base64 (its padding)",
     "content_type: has a parameter that is not name=value",
     "content_type: must not have the parameter `name`",
+    "is not an email address of the form",
+    "has a character before the @",
     "has a domain that is not a host name",
     // In a text with a name, whose own control characters become spaces.
     "to[0]: contains a control character",

@@ -141,7 +141,7 @@ struct Running {
     configs: SmtpConfigs,
     keys: Arc<KeyRing>,
     key_missing: Arc<Notify>,
-    egress: Arc<crate::egress::Egress>,
+    connector: SmtpConnector,
     broker: crate::broker::BrokerSettings,
 }
 
@@ -168,7 +168,7 @@ impl Running {
             hello_name: smtp.hello_name.clone(),
             allow_plaintext_auth: settings.egress.allow_plaintext_auth,
         };
-        let connector = SmtpConnector::new(egress.clone(), roots, options, Arc::new(Heard));
+        let connector = SmtpConnector::new(egress, roots, options, Arc::new(Heard));
         let pool_limits = PoolLimits {
             max_sessions: settings.delivery.max_sessions as usize,
             max_messages_per_connection: smtp.max_messages_per_connection,
@@ -188,9 +188,9 @@ impl Running {
             readiness: readiness.clone(),
             shutdown: shutdown.clone(),
             clock: Clock::system(),
-            pool: Pool::new(connector, pool_limits),
+            pool: Pool::new(connector.clone(), pool_limits),
             dispatcher: Dispatcher::new(limits),
-            egress,
+            connector,
             broker: parts::broker(settings)?,
         })
     }
@@ -324,11 +324,12 @@ impl Running {
         let rules = ControlRules {
             custom_smtp_for_all: settings.delivery.custom_smtp == CustomSmtp::All,
             allowed_users: settings.control.allowed_users.clone(),
+            tests_per_minute: settings.control.tests_per_minute,
         };
         let control = Control::new(
             self.store.clone(),
             self.configs.clone(),
-            self.egress.clone(),
+            self.connector.clone(),
             self.clock.clone(),
             rules,
         );

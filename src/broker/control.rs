@@ -1,8 +1,10 @@
 //! Commands in, replies out.
-//! Guarantee: a command is carried out at most once: it is acknowledged before its handler starts. A reply never goes to
-//! one of our own queues.
+//! Guarantee: a command is carried out at most once: it is acknowledged before its handler starts. One that expired while it
+//! waited here is not carried out at all. A reply never goes to one of our own queues.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::Consumer;
@@ -10,16 +12,19 @@ use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions};
 use lapin::types::ShortString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 
 use super::jobs::{self, Consuming, Intent};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::publisher::Publisher;
+use super::topology::COMMAND_TTL_MS;
 
-/// Commands handled at once. A test email can take a minute, and the next admin should not wait for it.
-const CONCURRENCY: u16 = 16;
+/// Commands handled at once, and so many more may wait here. A test email can take a minute; the handler takes on fewer of
+/// those than this, so that the quick ones do not wait for it.
+const CONCURRENCY: u16 = 64;
 /// For the broker to confirm that no more commands come.
-const CANCEL_LIMIT: std::time::Duration = std::time::Duration::from_secs(3);
+const CANCEL_LIMIT: Duration = Duration::from_secs(3);
 /// The answer where a handler broke down.
 const BROKEN: &[u8] =
     br#"{"ok":false,"error":{"code":"internal","message":"The command failed inside the worker; its log says more."}}"#;
@@ -30,6 +35,10 @@ pub struct CommandMeta {
     /// The AMQP user that sent it, which the broker has verified; `None` when the sender did not state it.
     pub user_id: Option<String>,
 }
+
+/// Commands that have come and wait for a slot, unacknowledged: no more than the prefetch.
+#[derive(Default)]
+struct Waiting(VecDeque<(Instant, Delivery)>);
 
 pub(super) struct Server<H> {
     pub names: Names,
@@ -63,6 +72,7 @@ where
             match jobs::consume(&live, &self.names.control(), CONCURRENCY).await {
                 Ok((channel, mut consumer)) => {
                     pauses = link::pauses();
+                    let mut waiting = Waiting::default();
                     loop {
                         let next = tokio::select! {
                             () = &mut stop => {
@@ -71,10 +81,10 @@ where
                                 let _cancelled = tokio::time::timeout(CANCEL_LIMIT, cancel).await;
                                 return;
                             }
-                            next = live.while_up(next_command(&slots, &mut consumer)) => next.flatten(),
+                            next = live.while_up(waiting.next(&slots, &mut consumer)) => next.flatten(),
                         };
-                        let Some((slot, command)) = next else { break };
-                        self.accept(&live, slot, command).await;
+                        let Some((slot, came, command)) = next else { break };
+                        self.accept(&live, slot, came, command).await;
                     }
                 }
                 Err(error) if live.is_up() => {
@@ -92,10 +102,15 @@ where
         }
     }
 
-    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, command: Delivery) {
+    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, came: Instant, command: Delivery) {
+        let expired = came.elapsed() > time_to_live(&command);
         let acknowledged = live.while_up(command.acker.ack(BasicAckOptions::default())).await;
         if !matches!(acknowledged, Some(Ok(true))) {
             // Not acknowledged, so it comes again: carrying it out now would be once too often.
+            return;
+        }
+        if expired {
+            tracing::warn!(waited = ?came.elapsed(), "a command expired in this worker and is not carried out");
             return;
         }
         let (names, publisher, handler) = (self.names.clone(), self.publisher.clone(), self.handler.clone());
@@ -115,14 +130,31 @@ where
     }
 }
 
-/// The next command, with the slot it is to be handled in; `None` when the consumer has ended.
-async fn next_command(
-    slots: &Arc<Semaphore>,
-    consumer: &mut Consumer,
-) -> Option<(OwnedSemaphorePermit, Delivery)> {
-    let slot = slots.clone().acquire_owned().await.ok()?;
-    let command = consumer.next().await?.ok()?;
-    Some((slot, command))
+impl Waiting {
+    /// The command that has waited longest, with the slot it is to be handled in and the time it came; `None` when the
+    /// consumer has ended. Dropped on the way, it has lost nothing.
+    async fn next(
+        &mut self,
+        slots: &Arc<Semaphore>,
+        consumer: &mut Consumer,
+    ) -> Option<(OwnedSemaphorePermit, Instant, Delivery)> {
+        loop {
+            tokio::select! {
+                slot = slots.clone().acquire_owned(), if !self.0.is_empty() => {
+                    let (came, command) = self.0.pop_front()?;
+                    return Some((slot.ok()?, came, command));
+                }
+                command = consumer.next() => self.0.push_back((Instant::now(), command?.ok()?)),
+            }
+        }
+    }
+}
+
+/// How long a command may wait here: as long as in the queue, or as its sender says (milliseconds, as text).
+fn time_to_live(command: &Delivery) -> Duration {
+    let longest = COMMAND_TTL_MS.unsigned_abs();
+    let given = command.properties.expiration().as_ref().and_then(|text| text.as_str().parse().ok());
+    Duration::from_millis(given.map_or(longest, |ms: u64| ms.min(longest)))
 }
 
 /// Whether a reply may go to a queue: not to ours, where it would be taken for a job or a command, and under the broker's

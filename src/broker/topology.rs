@@ -21,7 +21,7 @@ const LANE_DELIVERY_LIMIT: i64 = 100;
 /// RabbitMQ 4 would drop a dead letter after 20 deliveries without any limit declared.
 const DEAD_DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// A command whose sender has stopped waiting is not to be carried out.
-const COMMAND_TTL_MS: i64 = 60_000;
+pub(super) const COMMAND_TTL_MS: i64 = 60_000;
 
 /// For a declaration from the command line as a whole.
 const ONE_OFF_LIMIT: Duration = Duration::from_secs(60);

@@ -51,7 +51,21 @@ codes! {
     HostNotFound = "host_not_found",
     /// The name could not be looked up.
     DnsFailed = "dns_failed",
-    /// The database is away; nothing was changed.
+    /// No connection, or one that was lost, or no SMTP at its other end.
+    ConnectFailed = "connect_failed",
+    /// No answer in time.
+    ConnectTimeout = "connect_timeout",
+    /// Certificate or protocol.
+    TlsFailed = "tls_failed",
+    /// No TLS on offer.
+    TlsRequired = "tls_required",
+    /// User name or password refused.
+    AuthFailed = "auth_failed",
+    /// The server refused something else.
+    Rejected = "rejected",
+    /// More tests than `control.tests_per_minute`.
+    RateLimited = "rate_limited",
+    /// The database is away, or the worker busy; nothing was changed.
     Unavailable = "unavailable",
     /// A fault of Sendoff itself.
     Internal = "internal",
@@ -141,6 +155,30 @@ impl ControlError {
     pub(super) fn password_needed() -> Self {
         let message = "Enter the SMTP password again: it is only ever sent to the server it was entered for.";
         Self::new(Code::InvalidField, message).field("password")
+    }
+
+    /// Of credentials that are stored and do not open, though their key is there.
+    pub(super) fn unreadable() -> Self {
+        Self::new(Code::InvalidField, "The stored user name and password cannot be read any more")
+            .field("password")
+            .hint("Enter the user name and the password again.")
+    }
+
+    /// A key is missing from this worker's ring, which is no fault of the configuration's.
+    pub(super) fn key_missing() -> Self {
+        Self::new(Code::Internal, "This worker lacks the key that the stored credentials are sealed under")
+            .hint("Tell the operator: the key has to be listed in encryption.keys.")
+    }
+
+    pub(super) fn rate_limited(per_minute: u32, again_in_s: u64) -> Self {
+        let message = format!("At most {per_minute} tests and test emails a minute are allowed");
+        Self::new(Code::RateLimited, message).hint(format!("Try again in {again_in_s} s."))
+    }
+
+    /// As many tests are under way as this worker takes on at once.
+    pub(super) fn too_many_tests() -> Self {
+        Self::new(Code::Unavailable, "Too many tests are under way; this one was not begun")
+            .hint("Try again in a minute.")
     }
 
     pub(super) fn unavailable() -> Self {

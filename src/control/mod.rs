@@ -3,16 +3,21 @@
 //! log; neither a reply, nor an event, nor that row holds a credential.
 
 mod error;
+mod examined;
 mod feature_set;
 mod fields;
 mod job_status;
 mod request;
 mod schema;
+mod send_test_email;
 mod smtp_config_create;
 mod smtp_config_delete;
 mod smtp_config_get;
+mod smtp_config_test;
 mod smtp_config_update;
 mod smtp_params;
+mod smtp_trouble;
+mod testing;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -20,6 +25,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 pub use error::{Code, ControlError, Response};
@@ -30,26 +36,40 @@ use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
 use crate::model::event::{Event, What};
 use crate::model::organization::OrganizationId;
+use crate::smtp::SmtpConnector;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
 use crate::telemetry;
 use request::{Command, Request};
 
 /// A reply comes within 10 s (contract section 4): by then a change is over, one way or the other.
 const CHANGE_LIMIT: Duration = Duration::from_secs(9);
-/// The last resort; the steps end before it.
+/// The last resorts; the steps end before them. A test is answered within 20 s, a test email within 60 s.
 const REPLY_LIMIT: Duration = Duration::from_millis(9800);
+const TEST_REPLY_LIMIT: Duration = Duration::from_millis(19_800);
+const EMAIL_REPLY_LIMIT: Duration = Duration::from_millis(59_800);
+/// Tests and test emails at once: they wait for strangers, and are not to take the place of commands that are quick.
+const SLOW_COMMANDS: usize = 32;
 /// For the audit log there is always so much time.
 const AUDIT_MIN: Duration = Duration::from_millis(600);
 /// Looking up a host.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(3500);
 
 /// What the settings say about commands.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ControlRules {
     /// `delivery.custom_smtp = "all"`: no feature flag is asked for.
     pub custom_smtp_for_all: bool,
     /// `control.allowed_users`; empty allows every user.
     pub allowed_users: Vec<String>,
+    /// `control.tests_per_minute`: tests and test emails of one organization.
+    pub tests_per_minute: u32,
+}
+
+/// The settings' defaults.
+impl Default for ControlRules {
+    fn default() -> Self {
+        Self { custom_smtp_for_all: false, allowed_users: Vec::new(), tests_per_minute: 10 }
+    }
 }
 
 /// What the broker tells about a command beside its body.
@@ -65,8 +85,10 @@ pub struct Control {
     store: Store,
     configs: SmtpConfigs,
     egress: Arc<Egress>,
+    smtp: SmtpConnector,
     clock: Clock,
     rules: Arc<ControlRules>,
+    slow: Arc<Semaphore>,
 }
 
 /// A command that was carried out: its result, and what is to be announced.
@@ -83,20 +105,23 @@ struct Call<'a> {
     user_id: Option<&'a str>,
     /// Names of the parameters that were given, as far as they are known.
     given: Vec<&'static str>,
+    /// When it was taken up.
+    began: Instant,
     /// When a change has to be over.
     by: Instant,
 }
 
 impl Control {
-    /// Commands over this database, under these rules.
+    /// Commands over this database, under these rules; hosts are judged by the connector's egress.
     pub fn new(
         store: Store,
         configs: SmtpConfigs,
-        egress: Arc<Egress>,
+        smtp: SmtpConnector,
         clock: Clock,
         rules: ControlRules,
     ) -> Self {
-        Self { store, configs, egress, clock, rules: Arc::new(rules) }
+        let (egress, slow) = (smtp.egress(), Arc::new(Semaphore::new(SLOW_COMMANDS)));
+        Self { store, configs, egress, smtp, clock, rules: Arc::new(rules), slow }
     }
 
     /// Carries out one command and gives the reply, and the events to be published, which tell of what is committed.
@@ -106,18 +131,21 @@ impl Control {
         let command = request.command.map_or("unknown", Command::as_str);
         let given =
             request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
+        let began = Instant::now();
         let call = Call {
             request: &request,
             user_id: meta.user_id.as_deref(),
             given,
-            by: Instant::now() + CHANGE_LIMIT,
+            began,
+            by: began + CHANGE_LIMIT,
         };
-        let work = AssertUnwindSafe(tokio::time::timeout(REPLY_LIMIT, self.answer(&call))).catch_unwind();
+        let limit = reply_limit(request.command);
+        let work = AssertUnwindSafe(tokio::time::timeout(limit, self.answer(&call))).catch_unwind();
         let outcome = match work.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_elapsed)) => {
                 tracing::error!(command, "a control command took too long");
-                Err(ControlError::outcome_unknown())
+                Err(overdue(request.command))
             }
             // The panic's own message went to the log with its place.
             Err(_panic) => Err(ControlError::internal()),
@@ -160,6 +188,8 @@ impl Control {
             Command::SmtpConfigGet => self.smtp_config_get(call).await,
             Command::SmtpConfigUpdate => self.smtp_config_update(call).await,
             Command::SmtpConfigDelete => self.smtp_config_delete(call).await,
+            Command::SmtpConfigTest => self.smtp_config_test(call).await,
+            Command::SendTestEmail => self.send_test_email(call).await,
             Command::FeatureSet => self.feature_set(call).await,
             Command::JobStatus => self.job_status(call).await,
         }
@@ -242,8 +272,28 @@ fn params_of(command: Command) -> &'static [&'static str] {
     match command {
         Command::SmtpConfigCreate => smtp_config_create::PARAMS,
         Command::SmtpConfigUpdate => smtp_config_update::PARAMS,
+        Command::SmtpConfigTest => smtp_config_test::PARAMS,
+        Command::SendTestEmail => send_test_email::PARAMS,
         Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
         Command::FeatureSet => feature_set::PARAMS,
         Command::JobStatus => job_status::PARAMS,
     }
+}
+
+fn reply_limit(command: Option<Command>) -> Duration {
+    match command {
+        Some(Command::SmtpConfigTest) => TEST_REPLY_LIMIT,
+        Some(Command::SendTestEmail) => EMAIL_REPLY_LIMIT,
+        _ => REPLY_LIMIT,
+    }
+}
+
+/// The answer to a command that ran out of its time.
+fn overdue(command: Option<Command>) -> ControlError {
+    let message = match command {
+        Some(Command::SmtpConfigTest) => "The test did not end in time",
+        Some(Command::SendTestEmail) => "It is not known whether the test email was sent: this took too long",
+        _ => return ControlError::outcome_unknown(),
+    };
+    ControlError::new(Code::Internal, message)
 }

@@ -19,16 +19,20 @@ pub(super) enum Command {
     SmtpConfigGet,
     SmtpConfigUpdate,
     SmtpConfigDelete,
+    SmtpConfigTest,
+    SendTestEmail,
     FeatureSet,
     JobStatus,
 }
 
 impl Command {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::SmtpConfigCreate,
         Self::SmtpConfigGet,
         Self::SmtpConfigUpdate,
         Self::SmtpConfigDelete,
+        Self::SmtpConfigTest,
+        Self::SendTestEmail,
         Self::FeatureSet,
         Self::JobStatus,
     ];
@@ -40,6 +44,8 @@ impl Command {
             Self::SmtpConfigGet => "smtp_config.get",
             Self::SmtpConfigUpdate => "smtp_config.update",
             Self::SmtpConfigDelete => "smtp_config.delete",
+            Self::SmtpConfigTest => "smtp_config.test",
+            Self::SendTestEmail => "smtp_config.send_test_email",
             Self::FeatureSet => "feature.set",
             Self::JobStatus => "job.status",
         }
@@ -157,7 +163,7 @@ mod tests {
             ("{}", Code::InvalidRequest, Some("command")),
             (r#"{"command":7}"#, Code::InvalidField, Some("command")),
             (r#"{"command":"smtp_config.grt","organization_id":1}"#, Code::InvalidRequest, Some("command")),
-            (r#"{"command":"smtp_config.test","organization_id":1}"#, Code::InvalidRequest, Some("command")),
+            (r#"{"command":"smtp_config.probe","organization_id":1}"#, Code::InvalidRequest, Some("command")),
             (r#"{"command":"smtp_config.get"}"#, Code::InvalidRequest, Some("organization_id")),
             (
                 r#"{"command":"smtp_config.get","organization_id":null}"#,

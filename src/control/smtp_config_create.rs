@@ -28,7 +28,8 @@ impl Control {
     }
 }
 
-fn complete(params: SmtpParams) -> Result<(ServerHost, NewSmtpConfig), ControlError> {
+/// The host, and a configuration with nothing missing.
+pub(super) fn complete(params: SmtpParams) -> Result<(ServerHost, NewSmtpConfig), ControlError> {
     let from_email = required("from_email", params.from_email)?;
     let from_name = required("from_name", params.from_name)?;
     let host = required("host", params.host)?;

@@ -91,7 +91,8 @@ fn if_version(call: &Call<'_>) -> Result<Option<i64>, ControlError> {
     call.request.params.value("if_version", "must be an integer")
 }
 
-fn patch(params: SmtpParams) -> SmtpConfigPatch {
+/// What was given, to be laid over what is stored.
+pub(super) fn patch(params: SmtpParams) -> SmtpConfigPatch {
     SmtpConfigPatch {
         from_email: params.from_email,
         from_name: params.from_name,
@@ -108,7 +109,8 @@ fn changes_host(current: &SmtpConfig, patch: &SmtpConfigPatch) -> bool {
     patch.host.as_ref().is_some_and(|host| *host != current.host)
 }
 
-fn password_rule(current: &SmtpConfig, patch: &SmtpConfigPatch) -> Result<(), ControlError> {
+/// A stored password is only ever presented to the server it was entered for.
+pub(super) fn password_rule(current: &SmtpConfig, patch: &SmtpConfigPatch) -> Result<(), ControlError> {
     let gives_up_tls = current.secure && patch.secure == Some(false);
     if patch.password.is_none() && (changes_host(current, patch) || gives_up_tls) {
         return Err(ControlError::password_needed());

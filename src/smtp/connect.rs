@@ -22,7 +22,7 @@ use super::session::{Session, SessionFacts, drive};
 use super::stream::{Channel, Deadlines, Io, SharedChannel};
 use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault};
 use crate::egress::{ApprovedAddr, Egress, OperatorsHost, ServerHost, dial};
-use crate::model::failure::{Failure, Fault, Phase};
+use crate::model::failure::{Failure, Fault, Phase, Reply};
 use crate::model::policy;
 use crate::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
 
@@ -114,14 +114,31 @@ impl Offers {
     }
 }
 
+/// What an opening has come upon so far, whatever becomes of it.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Each phase that has ended, in order, with what it took.
+    pub laps: Vec<(Phase, Duration)>,
+    /// How many addresses were approved.
+    pub approved: usize,
+    /// The address that is dialled first; once connected, the one that answered.
+    pub address: Option<SocketAddr>,
+    pub greeting: Option<Reply>,
+    /// What the latest EHLO reply offers.
+    pub offers: Option<Offers>,
+    pub tls: Option<TlsFacts>,
+    pub mechanism: Option<&'static str>,
+}
+
 /// A connection before the client library takes over.
-struct Opening<'a> {
+pub(super) struct Opening<'a> {
     connector: &'a SmtpConnector,
     destination: &'a Destination,
     account: &'a SmtpAccount,
     host: ServerHost,
     phase: Phase,
     since: Instant,
+    found: Found,
 }
 
 impl SmtpConnector {
@@ -140,27 +157,26 @@ impl SmtpConnector {
         Self { observer, ..self.clone() }
     }
 
+    /// What judges the hosts.
+    pub fn egress(&self) -> Arc<Egress> {
+        self.egress.clone()
+    }
+
     /// Opens a session: everything up to and including AUTH. The host is looked up and judged for this connection.
     ///
     /// # Errors
     /// A [`Failure`] with the phase that failed.
     pub async fn open(&self, destination: &Destination, account: &SmtpAccount) -> Result<Session, Failure> {
-        let host = ServerHost::parse(&account.host);
-        let Ok(host) = host else {
-            return Err(Failure::new(Phase::Resolve, Fault::HostNotFound));
-        };
-        let mut opening = Opening {
-            connector: self,
-            destination,
-            account,
-            host,
-            phase: Phase::Resolve,
-            since: Instant::now(),
-        };
-        let mut address = None;
-        let outcome = opening.run(&mut address).await;
-        opening.ended();
-        outcome.map_err(|fault| Failure { address, ..Failure::new(opening.phase, fault) })
+        let mut opening = Opening::new(self, destination, account)?;
+        let outcome = opening.run().await;
+        let (phase, found) = opening.end();
+        outcome.map_err(|fault| Failure { address: found.address, ..Failure::new(phase, fault) })
+    }
+
+    /// The same connector with resumption caches of its own: nothing that is opened with it is remembered for, or made
+    /// shorter by, what others open.
+    pub fn apart(&self) -> Self {
+        Self { configs: Arc::default(), ..self.clone() }
     }
 
     /// Drops what is kept for a destination that will not come again.
@@ -177,15 +193,32 @@ impl SmtpConnector {
     }
 }
 
-impl Opening<'_> {
-    async fn run(&mut self, address: &mut Option<SocketAddr>) -> Result<Session, Fault> {
+impl<'a> Opening<'a> {
+    /// An opening that has not begun.
+    ///
+    /// # Errors
+    /// When the account's host is none.
+    pub(super) fn new(
+        connector: &'a SmtpConnector,
+        destination: &'a Destination,
+        account: &'a SmtpAccount,
+    ) -> Result<Self, Failure> {
+        let host = ServerHost::parse(&account.host)
+            .map_err(|_| Failure::new(Phase::Resolve, Fault::HostNotFound))?;
+        let (phase, since, found) = (Phase::Resolve, Instant::now(), Found::default());
+        Ok(Self { connector, destination, account, host, phase, since, found })
+    }
+
+    /// Everything up to and including AUTH. Dropped on the way, it can still be asked how far it came.
+    pub(super) async fn run(&mut self) -> Result<Session, Fault> {
         let deadlines = self.connector.options.deadlines;
         let approved = self.approved().await?;
+        self.found.approved = approved.len();
         self.enter(Phase::Connect);
-        *address = approved.first().map(ApprovedAddr::socket_addr);
+        self.found.address = approved.first().map(ApprovedAddr::socket_addr);
         let (stream, dialled) =
             dial(&approved, deadlines.connect).await.map_err(|error| dial_fault(&error))?;
-        *address = Some(dialled);
+        self.found.address = Some(dialled);
         let (channel, greeting, offers, tls) = self.greet(stream).await?;
         let facts = SessionFacts { address: dialled, greeting: greeting.to_model(), tls, mechanism: None };
         let observer = self.connector.observer.clone();
@@ -194,8 +227,15 @@ impl Opening<'_> {
             self.enter(Phase::Auth);
             let mechanism = authenticate(&mut session, credentials).await?;
             session.facts_mut().mechanism = Some(mechanism);
+            self.found.mechanism = Some(mechanism);
         }
         Ok(session)
+    }
+
+    /// The phase it ended in, and what it came upon.
+    pub(super) fn end(mut self) -> (Phase, Found) {
+        self.ended();
+        (self.phase, self.found)
     }
 
     async fn approved(&self) -> Result<Vec<ApprovedAddr>, Fault> {
@@ -256,14 +296,23 @@ impl Opening<'_> {
         self.enter(Phase::Greeting);
         let limit = self.connector.options.deadlines.command;
         let greeting = timeout(limit, channel.read_reply()).await.map_err(|_| Fault::Timeout)??;
-        if greeting.code == 220 { Ok(greeting) } else { Err(greeting.into_fault()) }
+        if greeting.code != 220 {
+            return Err(greeting.into_fault());
+        }
+        self.found.greeting = Some(greeting.to_model());
+        Ok(greeting)
     }
 
     async fn ehlo(&mut self, channel: &mut Channel) -> Result<Offers, Fault> {
         self.enter(Phase::Ehlo);
         let line = format!("EHLO {}\r\n", self.connector.options.hello_name);
         let reply = self.command(channel, &line).await?;
-        if reply.is_success() { Ok(Offers::read(&reply)) } else { Err(reply.into_fault()) }
+        if !reply.is_success() {
+            return Err(reply.into_fault());
+        }
+        let offers = Offers::read(&reply);
+        self.found.offers = Some(offers.clone());
+        Ok(offers)
     }
 
     async fn command(&self, channel: &mut Channel, line: &str) -> Result<RawReply, Fault> {
@@ -285,6 +334,7 @@ impl Opening<'_> {
             .map_err(|_| Fault::Timeout)?
             .map_err(|error| handshake_fault(&error, &self.account.host))?;
         let facts = facts(stream.get_ref().1);
+        self.found.tls.clone_from(&facts);
         Ok((Channel::new(Io::Tls(Box::new(stream))), facts))
     }
 
@@ -312,8 +362,10 @@ impl Opening<'_> {
         self.since = Instant::now();
     }
 
-    fn ended(&self) {
-        self.connector.observer.phase(self.phase, self.since.elapsed());
+    fn ended(&mut self) {
+        let took = self.since.elapsed();
+        self.found.laps.push((self.phase, took));
+        self.connector.observer.phase(self.phase, took);
     }
 }
 

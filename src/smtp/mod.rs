@@ -4,6 +4,7 @@
 
 pub mod compose;
 mod connect;
+mod examine;
 mod pool;
 mod reply;
 mod session;
@@ -11,6 +12,7 @@ mod stream;
 mod tls;
 
 pub use connect::{Observer, SmtpConnector, SmtpOptions};
+pub use examine::Examination;
 pub use pool::{Pool, PoolLimits, PooledSession};
 pub use session::{Envelope, FinalDot, Session, SessionFacts};
 pub use stream::Deadlines;

@@ -13,6 +13,7 @@ mod incarnation;
 mod ledger;
 mod sealed_keys;
 mod smtp_configs;
+mod test_times;
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -39,6 +40,7 @@ pub use smtp_configs::{
     DueProbe, Failing, LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig,
     SmtpConfigPatch, SmtpConfigs, StoredAccount, Trouble, Unreadable,
 };
+pub use test_times::TestPermit;
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 

@@ -3,6 +3,7 @@
 
 mod changes;
 mod health;
+mod last_test;
 mod sending;
 
 use std::fmt;

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use time::macros::datetime;
 
+use crate::support::connector::connector;
 use crate::support::database::TestDatabase;
 use crate::support::dns::{Answer, DnsServer};
 
@@ -133,7 +134,7 @@ fn control(store: &Store, configs: &SmtpConfigs, dns: &DnsServer, rules: Control
     let policy = EgressPolicy::new(Vec::new(), Vec::new(), ports);
     let egress = Egress::new(policy, &[dns.address()]).unwrap();
     let clock = Clock::manual(datetime!(2026-11-22 20:00 UTC));
-    Control::new(store.clone(), configs.clone(), Arc::new(egress), clock, rules)
+    Control::new(store.clone(), configs.clone(), connector(Arc::new(egress)), clock, rules)
 }
 
 async fn send(control: &Control, command: &Value) -> (Value, Vec<Value>) {
@@ -564,7 +565,11 @@ async fn a_test_result_goes_with_the_server_it_was_made_for() {
 
 #[tokio::test]
 async fn only_the_allowed_users_may_command() {
-    let rules = ControlRules { custom_smtp_for_all: true, allowed_users: vec!["booking".into()] };
+    let rules = ControlRules {
+        custom_smtp_for_all: true,
+        allowed_users: vec!["booking".into()],
+        ..ControlRules::default()
+    };
     let world = World::with_rules(rules).await;
     let command = json!({"command": "smtp_config.create", "organization_id": "acme", "params": settings()});
     for user_id in [None, Some("guest"), Some(""), Some("booking2")] {

@@ -21,6 +21,7 @@ use time::OffsetDateTime;
 use tokio::process::Command;
 use uuid::Uuid;
 
+use crate::support::connector::connector;
 use crate::support::database::TestDatabase;
 use crate::support::letters::new_letter;
 
@@ -521,8 +522,8 @@ async fn job_status(house: &House, organization: Value, id: &str) -> Value {
     let configs = SmtpConfigs::new(house.database.store(), keys);
     let policy = EgressPolicy::new(Vec::new(), Vec::new(), AllowedPorts::Any);
     let egress = Arc::new(Egress::new(policy, &["127.0.0.1:9".parse().unwrap()]).expect("a name server"));
-    let control =
-        Control::new(house.database.store(), configs, egress, Clock::system(), ControlRules::default());
+    let (store, smtp) = (house.database.store(), connector(egress));
+    let control = Control::new(store, configs, smtp, Clock::system(), ControlRules::default());
     let command = json!({"command": "job.status", "organization_id": organization, "params": {"id": id}});
     let (response, _) = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
     serde_json::from_slice(&response.to_json()).expect("a reply is JSON")

@@ -109,6 +109,15 @@ fn about(command: Command) -> &'static str {
         Command::SmtpConfigDelete => {
             "Deletes the configuration: mail goes through the platform's server again. Errors: not_found."
         }
+        Command::SmtpConfigTest => {
+            "Tests the connection and sends nothing. Without params, the stored configuration; else the given fields laid over \
+             the stored ones, all but secure being needed where nothing is stored. Another host, or secure turned off, takes the \
+             password again. A test that was carried out and failed is a result with ok false. Errors: rate_limited."
+        }
+        Command::SendTestEmail => {
+            "Sends one email through the stored configuration, at once. Errors: those of a connection test, rejected, \
+             rate_limited."
+        }
         Command::FeatureSet => "Switches a feature on or off for the organization.",
         Command::JobStatus => "What became of a job. Errors: not_found.",
     }
@@ -127,7 +136,9 @@ fn params(command: Command) -> Vec<Param> {
             });
             fields(false).into_iter().chain([optional("if_version", if_version)]).collect()
         }
+        Command::SmtpConfigTest => fields(false),
         Command::SmtpConfigGet | Command::SmtpConfigDelete => Vec::new(),
+        Command::SendTestEmail => vec![required("to", address("The recipient."))],
         Command::FeatureSet => vec![
             required("feature", json!({"const": feature_set::CUSTOM_SMTP})),
             required("enabled", json!({"type": "boolean"})),

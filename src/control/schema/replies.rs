@@ -13,6 +13,8 @@ pub(super) fn result_of(command: Command) -> &'static str {
     match command {
         Command::SmtpConfigCreate | Command::SmtpConfigGet | Command::SmtpConfigUpdate => "Configuration",
         Command::SmtpConfigDelete => "Nothing",
+        Command::SmtpConfigTest => "TestReport",
+        Command::SendTestEmail => "TestEmail",
         Command::FeatureSet => "Feature",
         Command::JobStatus => "JobStatus",
     }

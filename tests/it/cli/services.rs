@@ -18,6 +18,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
 use crate::support::broker::{TestBroker, amqp_url};
+use crate::support::connector::connector;
 use crate::support::database::TestDatabase;
 use crate::support::dns::DnsServer;
 
@@ -87,7 +88,8 @@ impl House {
         let configs = SmtpConfigs::new(self.database.store(), keys);
         let policy = EgressPolicy::new(Vec::new(), Vec::new(), AllowedPorts::Any);
         let egress = Arc::new(Egress::new(policy, &[self.dns.address()]).expect("a name server"));
-        Control::new(self.database.store(), configs, egress, Clock::system(), ControlRules::default())
+        let (store, smtp) = (self.database.store(), connector(egress));
+        Control::new(store, configs, smtp, Clock::system(), ControlRules::default())
     }
 }
 

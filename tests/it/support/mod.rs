@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod certs;
+pub mod connector;
 pub mod database;
 pub mod dns;
 pub mod letters;

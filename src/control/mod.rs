@@ -9,6 +9,7 @@ mod fields;
 mod job_cancel;
 mod job_status;
 mod request;
+mod schema;
 mod send_test_email;
 mod smtp_config_create;
 mod smtp_config_delete;
@@ -30,6 +31,7 @@ use tokio::time::Instant;
 
 pub use error::{Code, ControlError, Response};
 pub use job_status::{letter_view as letter_status_json, view as job_status_json};
+pub use schema::{SCHEMA_ID, command_names, command_schema};
 
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};

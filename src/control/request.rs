@@ -7,9 +7,9 @@ use crate::model::organization::{InvalidOrganizationId, OrganizationId};
 use crate::model::text;
 
 /// Larger bodies are refused unread, in bytes: no command has need of more.
-const BODY_MAX: usize = 64 * 1024;
+pub(super) const BODY_MAX: usize = 64 * 1024;
 /// Longest actor, in characters.
-const ACTOR_MAX: usize = 128;
+pub(super) const ACTOR_MAX: usize = 128;
 const FIELDS: &[&str] = &["command", "organization_id", "actor", "params"];
 
 /// The commands.
@@ -27,7 +27,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::SmtpConfigCreate,
         Self::SmtpConfigGet,
         Self::SmtpConfigUpdate,
@@ -63,7 +63,7 @@ impl Command {
     }
 
     /// A job may be the platform's; everything else is an organization's.
-    fn needs_organization(self) -> bool {
+    pub(super) fn needs_organization(self) -> bool {
         !matches!(self, Self::JobStatus | Self::JobCancel)
     }
 }

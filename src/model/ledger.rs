@@ -31,6 +31,10 @@ pub enum State {
 }
 
 impl State {
+    /// Every state, in the contract's order.
+    pub const ALL: [Self; 7] =
+        [Self::Claimed, Self::Sent, Self::Deferred, Self::Parked, Self::Dead, Self::Unknown, Self::Cancelled];
+
     /// The name in the database and in answers.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -46,9 +50,7 @@ impl State {
 
     /// The state of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Claimed, Self::Sent, Self::Deferred, Self::Parked, Self::Dead, Self::Unknown, Self::Cancelled]
-            .into_iter()
-            .find(|state| state.as_str() == name)
+        Self::ALL.into_iter().find(|state| state.as_str() == name)
     }
 }
 

@@ -10,77 +10,65 @@ use serde_json::{Value, json};
 use crate::egress::EgressError;
 use crate::store::{ChangeError, StoreError};
 
-/// The contract's error codes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// Not JSON, unknown command, unknown or missing field.
-    InvalidRequest,
-    /// A field's value is unusable.
-    InvalidField,
-    /// `user_id` missing or not allowed.
-    NotAllowed,
-    /// The flag is off.
-    FeatureDisabled,
-    /// One configuration per organization.
-    AlreadyExists,
-    /// Nothing there.
-    NotFound,
-    /// Not the current version.
-    Conflict,
-    /// Not an address of the public internet.
-    HostNotPublic,
-    /// Not among the allowed ports.
-    PortNotAllowed,
-    /// The name has no address.
-    HostNotFound,
-    /// The name could not be looked up.
-    DnsFailed,
-    /// No connection, or one that was lost, or no SMTP at its other end.
-    ConnectFailed,
-    /// No answer in time.
-    ConnectTimeout,
-    /// Certificate or protocol.
-    TlsFailed,
-    /// No TLS on offer.
-    TlsRequired,
-    /// User name or password refused.
-    AuthFailed,
-    /// The server refused something else.
-    Rejected,
-    /// More tests than `control.tests_per_minute`.
-    RateLimited,
-    /// The database is away, or the worker busy; nothing was changed.
-    Unavailable,
-    /// A fault of Sendoff itself.
-    Internal,
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
+        /// The contract's error codes.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Code { $($(#[$doc])* $variant,)+ }
+
+        impl Code {
+            /// Every code, in the contract's order.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The contract's name.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+        }
+    };
 }
 
-impl Code {
-    /// The contract's name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::InvalidRequest => "invalid_request",
-            Self::InvalidField => "invalid_field",
-            Self::NotAllowed => "not_allowed",
-            Self::FeatureDisabled => "feature_disabled",
-            Self::AlreadyExists => "already_exists",
-            Self::NotFound => "not_found",
-            Self::Conflict => "conflict",
-            Self::HostNotPublic => "host_not_public",
-            Self::PortNotAllowed => "port_not_allowed",
-            Self::HostNotFound => "host_not_found",
-            Self::DnsFailed => "dns_failed",
-            Self::ConnectFailed => "connect_failed",
-            Self::ConnectTimeout => "connect_timeout",
-            Self::TlsFailed => "tls_failed",
-            Self::TlsRequired => "tls_required",
-            Self::AuthFailed => "auth_failed",
-            Self::Rejected => "rejected",
-            Self::RateLimited => "rate_limited",
-            Self::Unavailable => "unavailable",
-            Self::Internal => "internal",
-        }
-    }
+codes! {
+    /// Not JSON, unknown command, unknown or missing field.
+    InvalidRequest = "invalid_request",
+    /// A field's value is unusable.
+    InvalidField = "invalid_field",
+    /// `user_id` missing or not allowed.
+    NotAllowed = "not_allowed",
+    /// The flag is off.
+    FeatureDisabled = "feature_disabled",
+    /// One configuration per organization.
+    AlreadyExists = "already_exists",
+    /// Nothing there.
+    NotFound = "not_found",
+    /// Not the current version.
+    Conflict = "conflict",
+    /// Not an address of the public internet.
+    HostNotPublic = "host_not_public",
+    /// Not among the allowed ports.
+    PortNotAllowed = "port_not_allowed",
+    /// The name has no address.
+    HostNotFound = "host_not_found",
+    /// The name could not be looked up.
+    DnsFailed = "dns_failed",
+    /// No connection, or one that was lost, or no SMTP at its other end.
+    ConnectFailed = "connect_failed",
+    /// No answer in time.
+    ConnectTimeout = "connect_timeout",
+    /// Certificate or protocol.
+    TlsFailed = "tls_failed",
+    /// No TLS on offer.
+    TlsRequired = "tls_required",
+    /// User name or password refused.
+    AuthFailed = "auth_failed",
+    /// The server refused something else.
+    Rejected = "rejected",
+    /// More tests than `control.tests_per_minute`.
+    RateLimited = "rate_limited",
+    /// The database is away, or the worker busy; nothing was changed.
+    Unavailable = "unavailable",
+    /// A fault of Sendoff itself.
+    Internal = "internal",
 }
 
 impl Serialize for Code {

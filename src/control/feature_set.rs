@@ -8,7 +8,7 @@ use super::fields::required;
 use super::{Call, Control, Done};
 
 pub(super) const PARAMS: &[&str] = &["feature", "enabled"];
-const CUSTOM_SMTP: &str = "custom-smtp-for-orgs";
+pub(super) const CUSTOM_SMTP: &str = "custom-smtp-for-orgs";
 
 impl Control {
     pub(super) async fn feature_set(&self, call: &Call<'_>) -> Result<Done, ControlError> {

@@ -6,8 +6,10 @@ mod error;
 mod examined;
 mod feature_set;
 mod fields;
+mod job_cancel;
 mod job_status;
 mod request;
+mod schema;
 mod send_test_email;
 mod smtp_config_create;
 mod smtp_config_delete;
@@ -29,6 +31,7 @@ use tokio::time::Instant;
 
 pub use error::{Code, ControlError, Response};
 pub use job_status::{letter_view as letter_status_json, view as job_status_json};
+pub use schema::{SCHEMA_ID, command_names, command_schema};
 
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
@@ -190,6 +193,7 @@ impl Control {
             Command::SendTestEmail => self.send_test_email(call).await,
             Command::FeatureSet => self.feature_set(call).await,
             Command::JobStatus => self.job_status(call).await,
+            Command::JobCancel => self.job_cancel(call).await,
         }
     }
 
@@ -275,6 +279,7 @@ fn params_of(command: Command) -> &'static [&'static str] {
         Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
         Command::FeatureSet => feature_set::PARAMS,
         Command::JobStatus => job_status::PARAMS,
+        Command::JobCancel => job_cancel::PARAMS,
     }
 }
 

@@ -15,9 +15,9 @@ pub(super) const NAMES: &[&str] =
     &["from_email", "from_name", "host", "port", "username", "password", "secure"];
 
 /// Longest sender's name, in bytes: what a mailbox may have.
-const NAME_MAX: usize = 512;
+pub(super) const NAME_MAX: usize = 512;
 /// Longest user name and password, in bytes; RFC 4954 section 4 lets a whole AUTH line have 12,288.
-const CREDENTIAL_MAX: usize = 1024;
+pub(super) const CREDENTIAL_MAX: usize = 1024;
 
 /// What was given, each value checked; `None` for what was not.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use super::text;
 /// RFC 5321 section 4.5.3.1.1: octets of a local part.
 const LOCAL_PART_MAX: usize = 64;
 /// RFC 5321 section 4.5.3.1.3 allows a path of 256 octets, its angle brackets included.
-const ADDRESS_MAX: usize = 254;
+pub const ADDRESS_MAX: usize = 254;
 /// Longest display name, in bytes; more is an attack or a mistake.
-const NAME_MAX: usize = 512;
+pub const NAME_MAX: usize = 512;
 
 /// One address, `local@domain`. The domain is held in its ASCII form (IDNA A-labels), lower case.
 #[derive(Clone, PartialEq, Eq, Hash)]

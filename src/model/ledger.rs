@@ -26,11 +26,15 @@ pub enum State {
     Dead,
     /// It cannot be known whether it was accepted.
     Unknown,
-    /// Called back before it was taken up.
+    /// Called back, and not sent.
     Cancelled,
 }
 
 impl State {
+    /// Every state, in the contract's order.
+    pub const ALL: [Self; 7] =
+        [Self::Claimed, Self::Sent, Self::Deferred, Self::Parked, Self::Dead, Self::Unknown, Self::Cancelled];
+
     /// The name in the database and in answers.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -46,9 +50,7 @@ impl State {
 
     /// The state of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Claimed, Self::Sent, Self::Deferred, Self::Parked, Self::Dead, Self::Unknown, Self::Cancelled]
-            .into_iter()
-            .find(|state| state.as_str() == name)
+        Self::ALL.into_iter().find(|state| state.as_str() == name)
     }
 }
 
@@ -128,6 +130,8 @@ pub struct HandOver {
     pub reason: Option<Reason>,
     /// What the dead letter's detail was.
     pub detail: Option<String>,
+    /// Positions that were still to be sent to; `None`: every recipient.
+    pub pending: Option<Vec<u16>>,
     /// How long the new copy has still to wait.
     pub wait: Duration,
     /// Attempts made.
@@ -175,8 +179,10 @@ pub struct Claimed {
     pub crashes: u32,
     /// Unknown outcomes so far.
     pub unknowns: u32,
-    /// The highest sequence of its group that was taken up.
+    /// The highest sequence of its group that was taken up or called back.
     pub newest_sequence: Option<i64>,
+    /// It was called back, by its id or by its booking's revision.
+    pub cancelled: bool,
     /// The organization's feature flag, as of the claim.
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
@@ -228,7 +234,9 @@ pub enum GateAnswer {
     Open,
     /// The claim is no longer the worker's.
     NotOwner,
-    /// A higher sequence was taken up.
+    /// It was called back.
+    Cancelled,
+    /// A higher sequence was taken up or called back.
     Superseded {
         /// The highest one.
         by: i64,
@@ -294,6 +302,13 @@ pub enum Settlement {
     },
     /// Nothing was tried: the claim is given back, the turn stays, and the same copy may be claimed at once.
     Released,
+}
+
+impl Settlement {
+    /// Whether a copy of a higher turn is owed for it.
+    pub fn is_hand_over(&self) -> bool {
+        matches!(self, Self::Deferred { .. } | Self::Dead { .. } | Self::Parked { .. })
+    }
 }
 
 /// Whether a settle took effect.

@@ -3,7 +3,9 @@
 
 pub mod address;
 pub mod advice;
+pub mod cancelling;
 pub mod event;
+pub mod event_schema;
 pub mod failure;
 pub mod health;
 pub mod job;
@@ -14,5 +16,7 @@ pub mod organization;
 pub mod policy;
 pub mod replay;
 pub mod schedule;
+pub mod schema;
+pub mod sender_records;
 pub mod smtp_settings;
 pub mod text;

@@ -7,6 +7,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+/// Longest identifier, in characters.
+pub const ID_MAX: usize = 64;
+
 /// An organization's identifier, compared by its text. It remembers whether it was spelled as a JSON integer,
 /// and answers spell it the same way.
 #[derive(Clone)]
@@ -27,7 +30,7 @@ impl OrganizationId {
     /// When it is empty, longer than 64 characters, or holds a character outside `[A-Za-z0-9_-]`.
     pub fn parse(text: &str) -> Result<Self, InvalidOrganizationId> {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-        if (1..=64).contains(&text.len()) && text.bytes().all(allowed) {
+        if (1..=ID_MAX).contains(&text.len()) && text.bytes().all(allowed) {
             Ok(Self { text: text.into(), integer: false })
         } else {
             Err(InvalidOrganizationId)

@@ -3,6 +3,7 @@
 use time::macros::datetime;
 
 use super::*;
+use crate::model::failure::TlsFault;
 use crate::model::job::JobKey;
 use crate::model::ledger::{Incarnation, Orphan, Turn};
 
@@ -178,7 +179,7 @@ fn a_configurations_own_faults_are_the_accounts() {
         (Fault::HostNotPublic, Reason::HostNotPublic),
         (Fault::PortNotAllowed, Reason::PortNotAllowed),
         (Fault::HostNotFound, Reason::HostNotFound),
-        (Fault::Tls { detail: "expired".into() }, Reason::TlsFailed),
+        (Fault::Tls { kind: TlsFault::Expired, detail: "expired".into() }, Reason::TlsFailed),
         (Fault::TlsRequired, Reason::TlsRequired),
         (Fault::NoAuthMechanism { offered: "XOAUTH2".into() }, Reason::AuthFailed),
     ] {
@@ -323,6 +324,7 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         crashes,
         unknowns,
         newest_sequence: None,
+        cancelled: false,
         custom_smtp: false,
         config_version: None,
         config_failing: false,

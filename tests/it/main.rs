@@ -1,5 +1,6 @@
 //! Black-box tests against real services, in one binary.
 
+mod admin_cli;
 mod archive;
 mod archive_search;
 mod archive_store;

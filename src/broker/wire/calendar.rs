@@ -16,7 +16,7 @@ pub(super) enum Method {
 
 /// Only the start of a content line matters: no method is as long.
 const KEPT_BYTES: usize = 64;
-const FIRST_LINE: &str = "BEGIN:VCALENDAR";
+pub(super) const FIRST_LINE: &str = "BEGIN:VCALENDAR";
 
 pub(super) fn method(content: &str) -> Method {
     if !content.get(..FIRST_LINE.len()).is_some_and(|start| start.eq_ignore_ascii_case(FIRST_LINE)) {

@@ -6,18 +6,18 @@ use super::explain::shown;
 use crate::model::text;
 
 /// More headers than this are a mistake.
-const HEADERS_MAX: usize = 50;
+pub(super) const HEADERS_MAX: usize = 50;
 /// Longest field name, in bytes.
-const NAME_MAX: usize = 76;
+pub(super) const NAME_MAX: usize = 76;
 /// Longest value, in bytes.
-const VALUE_MAX: usize = 8192;
+pub(super) const VALUE_MAX: usize = 8192;
 
-const EXACT: [&str; 6] =
+pub(super) const EXACT: [&str; 6] =
     ["In-Reply-To", "References", "Auto-Submitted", "Feedback-ID", "Importance", "Precedence"];
-const PREFIXES: [&str; 2] = ["X-", "List-"];
+pub(super) const PREFIXES: [&str; 2] = ["X-", "List-"];
 /// By these a mail provider is told what to do with a message, some add recipients to it: SendGrid, Mailchimp,
 /// Mailgun, Amazon SES, SparkPost, Mailjet, Postmark, Brevo.
-const COMMANDS: [&str; 9] =
+pub(super) const COMMANDS: [&str; 9] =
     ["X-SMTPAPI", "X-MC-", "X-Mailgun-", "X-SES-", "X-MSYS-", "X-MJ-", "X-PM-", "X-Mailin-", "X-Sib-"];
 
 /// Judges every header and makes each value one line.

@@ -5,6 +5,7 @@ mod body;
 mod calendar;
 mod explain;
 mod header;
+mod schema;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -18,6 +19,7 @@ use crate::model::job::{Job, JobKey, Revision};
 use crate::model::text;
 
 pub use body::{AttachmentBody, CalendarBody, JobBody, MailboxBody};
+pub use schema::{SCHEMA_ID, job_schema};
 pub use validate::is_slug;
 
 /// The version this program reads and writes.

@@ -1,5 +1,9 @@
 //! What version 1 takes and what it refuses, and in which words.
 
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+
+use boon::{Compiler, SchemaIndex, Schemas};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use time::macros::datetime;
@@ -45,8 +49,60 @@ fn header(name: &str, value: impl Into<Value>) -> Value {
     with("headers", headers)
 }
 
+/// The published schema, compiled by a validator that shares no code with the reader.
+static SCHEMA: LazyLock<(Schemas, SchemaIndex)> = LazyLock::new(|| {
+    let mut schemas = Schemas::new();
+    let mut compiler = Compiler::new();
+    compiler.enable_format_assertions();
+    compiler.add_resource("urn:job", job_schema(&LIMITS)).unwrap();
+    let compiled = compiler.compile("urn:job", &mut schemas).unwrap_or_else(|error| panic!("{error:#}"));
+    (schemas, compiled)
+});
+
+/// What the schema cannot express, in the reader's words.
+const BEYOND_THE_SCHEMA: &[&str] = &[
+    "recipients are given, at most",
+    "the message has at least",
+    "is the same as another attachment's",
+    "is given twice",
+    "has another METHOD",
+    "calendar.content: has no METHOD",
+    // Empty only once its line break is gone.
+    "calendar.filename: must be 1 to 255 characters",
+    "headers.X-A: must not be empty",
+    "has more than 900 bytes without a space",
+    "must be ASCII",
+    "is not base64 (its padding)",
+    "content_type: has a parameter that is not name=value",
+    "content_type: must not have the parameter `name`",
+    "is not an email address of the form",
+    "has a character before the @",
+    "has a domain that is not a host name",
+    // In a text with a name, whose own control characters become spaces.
+    "to[0]: contains a control character",
+    // 1.0 is an integer of JSON Schema's.
+    "not a number with a fraction or an exponent",
+];
+
+fn by_the_schema(body: &Value) -> Result<(), String> {
+    SCHEMA.0.validate(body, SCHEMA.1).map_err(|error| format!("{error:#}"))
+}
+
+/// Reads a body, and has the schema judge it too: it takes all that the reader takes, and refuses what can be expressed.
 fn parse(body: &Value) -> Result<Job, Refusal> {
-    parse_job(&serde_json::to_vec(body).unwrap(), &LIMITS)
+    let parsed = parse_job(&serde_json::to_vec(body).unwrap(), &LIMITS);
+    match (&parsed, by_the_schema(body)) {
+        (Ok(_), verdict) => assert_eq!(verdict, Ok(()), "{body}"),
+        (Err(refusal), Ok(())) => {
+            let detail = &refusal.detail;
+            assert!(
+                BEYOND_THE_SCHEMA.iter().any(|words| detail.contains(words)),
+                "the schema takes it: {detail}"
+            );
+        }
+        (Err(_), Err(_)) => {}
+    }
+    parsed
 }
 
 fn told(body: &Value) -> Told {
@@ -451,4 +507,17 @@ fn what_is_no_job_still_tells_what_is_usable_of_it() {
     }
     let trailing = [&serde_json::to_vec(&minimal()).unwrap()[..], b" {}"].concat();
     assert_eq!(tell(&trailing), Told::default());
+}
+
+#[test]
+fn the_schemas_example_is_a_job() {
+    let schema = job_schema(&LIMITS);
+    for example in schema["examples"].as_array().unwrap() {
+        accepted(example);
+    }
+    let properties = schema["properties"].as_object().unwrap();
+    let known: Vec<_> = properties.keys().map(String::as_str).collect();
+    let unknown = refused(&with("nonsense", json!(1))).detail;
+    let told: BTreeSet<_> = unknown.rsplit("known are ").next().unwrap().split(", ").collect();
+    assert_eq!(known.into_iter().collect::<BTreeSet<_>>(), told, "the schema has the reader's fields");
 }

@@ -16,23 +16,23 @@ use crate::model::job::{Attachment, Calendar, Job, JobKey, Revision};
 use crate::model::text;
 
 /// Longest subject, in characters. No mail program shows a tenth of it.
-const SUBJECT_MAX: usize = 5000;
+pub(super) const SUBJECT_MAX: usize = 5000;
 /// Longest file name, in characters: what file systems take.
-const FILENAME_MAX: usize = 255;
+pub(super) const FILENAME_MAX: usize = 255;
 /// Longest content type with its parameters, in bytes.
-const CONTENT_TYPE_MAX: usize = 200;
+pub(super) const CONTENT_TYPE_MAX: usize = 200;
 /// Longest content id, in bytes.
-const CONTENT_ID_MAX: usize = 200;
+pub(super) const CONTENT_ID_MAX: usize = 200;
 /// No attachment's own headers and delimiter are shorter than this, in bytes.
 const FILE_HEADERS_MIN: usize = 140;
-/// Longest group, in characters.
-const GROUP_MAX: usize = 255;
+/// Longest kind, in bytes.
+pub(super) const KIND_MAX: usize = 64;
 
 /// Whether a text is a kind: 1 to 64 of `[a-z0-9._-]`.
 pub fn is_slug(text: &str) -> bool {
     let allowed =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-');
-    (1..=64).contains(&text.len()) && text.bytes().all(allowed)
+    (1..=KIND_MAX).contains(&text.len()) && text.bytes().all(allowed)
 }
 
 /// Judges the values of a body whose shape is right.
@@ -276,11 +276,6 @@ fn content_id(id: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Whether a text can name a group.
-pub(super) fn is_group(text: &str) -> bool {
-    (1..=GROUP_MAX).contains(&text.chars().count()) && !text::has_forbidden_control(text)
-}
-
 fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revision>, Fault> {
     let (group, sequence) = match (group, sequence) {
         (Some(group), Some(sequence)) => (group, sequence),
@@ -288,9 +283,10 @@ fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revis
         (Some(_), None) => return Err(Fault::malformed("sequence: must be given together with group")),
         (None, Some(_)) => return Err(Fault::malformed("group: must be given together with sequence")),
     };
-    if !is_group(&group) {
+    if !Revision::is_group(&group) {
         return Err(Fault::malformed(format!(
-            "group: must be 1 to {GROUP_MAX} characters without control characters"
+            "group: must be 1 to {} characters without control characters",
+            Revision::GROUP_MAX
         )));
     }
     if sequence < 0 {

@@ -44,7 +44,7 @@ pub(super) async fn run(args: &FeatureArgs, settings: &Settings) -> anyhow::Resu
         ("feature".to_owned(), json!(feature)),
         ("enabled".to_owned(), json!(args.state == Switch::On)),
     ]);
-    let result = super::call(settings, "feature.set", &args.org, params).await?;
+    let result = super::call(settings, "feature.set", &args.org, params, super::REPLY_WITHIN).await?;
     if args.json {
         output::json(&result)?;
     } else {

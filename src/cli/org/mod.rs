@@ -4,13 +4,15 @@
 mod feature;
 mod smtp;
 
+use std::fmt;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::exit::Done;
+use super::output::harmless;
 use super::user;
 use crate::broker;
 use crate::model::organization::OrganizationId;
@@ -22,7 +24,8 @@ const REPLY_WITHIN: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Subcommand)]
 #[command(
-    after_help = "Examples:\n  sendoff org feature 42 custom-smtp-for-orgs on\n  sendoff org smtp show 42"
+    after_help = "Examples:\n  sendoff org feature 42 custom-smtp-for-orgs on\n  sendoff org smtp show 42\n  \
+    sendoff org smtp test 42"
 )]
 pub(super) enum OrgCommand {
     /// An organization's own SMTP server
@@ -39,33 +42,51 @@ pub(super) async fn run(command: &OrgCommand, settings: &Settings) -> anyhow::Re
     }
 }
 
-/// Sends one command and gives its result.
+/// A command that the worker answered with an error.
+#[derive(Debug, thiserror::Error)]
+struct Refused {
+    code: String,
+    message: String,
+    field: Option<String>,
+    hint: Option<String>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}", self.message, self.code)?;
+        if let Some(field) = &self.field {
+            write!(f, ", field {field}")?;
+        }
+        f.write_str(")")?;
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " {hint}"))
+    }
+}
+
+/// Sends one command and gives its result; the reply is waited for as long as `within`.
 ///
 /// # Errors
-/// When there is no reply, or the reply is an error: its message, the field at fault, and the hint.
+/// When there is no reply, or the reply is an error: then [`Refused`].
 async fn call(
     settings: &Settings,
     command: &str,
     org: &OrganizationId,
     params: Map<String, Value>,
+    within: Duration,
 ) -> anyhow::Result<Value> {
     let access = parts::access(settings)?;
     let request = json!({
         "command": command, "organization_id": org, "actor": actor(), "params": params,
     });
     let request = serde_json::to_vec(&request)?;
-    let reply = broker::call(&access, &settings.amqp.prefix, &request, REPLY_WITHIN).await?;
+    let reply = broker::call(&access, &settings.amqp.prefix, &request, within).await?;
     let mut reply: Value = serde_json::from_slice(&reply).context("the worker's reply is not JSON")?;
     if reply["ok"] == true {
         return Ok(reply["result"].take());
     }
-    let error = &reply["error"];
-    let code =
-        error["code"].as_str().ok_or_else(|| anyhow!("the worker's reply is no answer to a command"))?;
-    let message = error["message"].as_str().unwrap_or_default();
-    let field = error["field"].as_str().map(|field| format!(", field {field}")).unwrap_or_default();
-    let hint = error["hint"].as_str().map(|hint| format!(" {hint}")).unwrap_or_default();
-    bail!("{message} ({code}{field}){hint}")
+    let text = |name: &str| reply["error"][name].as_str().map(harmless);
+    let code = text("code").ok_or_else(|| anyhow!("the worker's reply is no answer to a command"))?;
+    let (message, field, hint) = (text("message").unwrap_or_default(), text("field"), text("hint"));
+    Err(Refused { code, message, field, hint }.into())
 }
 
 /// Who asks, for the audit log: the account that runs the program.

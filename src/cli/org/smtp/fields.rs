@@ -1,0 +1,110 @@
+//! The configuration's fields as arguments that may each be left out, for `update` and `test`.
+//! Guarantee: only what was given is sent, and the password comes from where no other process can see it.
+
+use std::io::IsTerminal;
+
+use clap::Args;
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::{Map, Value, json};
+
+use crate::cli::org::Refused;
+use crate::cli::password::{self, PasswordArgs};
+
+#[derive(Debug, Args)]
+pub(super) struct FieldArgs {
+    /// The server's name
+    #[arg(long)]
+    host: Option<String>,
+    /// The server's port
+    #[arg(long)]
+    port: Option<u16>,
+    /// The account's user name
+    #[arg(long)]
+    username: Option<String>,
+    #[command(flatten)]
+    password: PasswordArgs,
+    /// Ask the terminal for the password
+    #[arg(long, conflicts_with_all = ["password_file", "password_stdin"])]
+    ask_password: bool,
+    /// The sender's address
+    #[arg(long, value_name = "ADDRESS")]
+    from_email: Option<String>,
+    /// The sender's name
+    #[arg(long, value_name = "NAME")]
+    from_name: Option<String>,
+    /// Whether the server must offer TLS
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set)]
+    secure: Option<bool>,
+}
+
+impl FieldArgs {
+    /// The fields that were given, by their names in the command's parameters.
+    ///
+    /// # Errors
+    /// When the password cannot be read.
+    pub(super) fn given(&self) -> anyhow::Result<Map<String, Value>> {
+        let password = self.password()?;
+        Ok(given([
+            ("host", self.host.as_ref().map(|host| json!(host))),
+            ("port", self.port.map(|port| json!(port))),
+            ("username", self.username.as_ref().map(|name| json!(name))),
+            ("password", password.map(|password| json!(password.expose_secret()))),
+            ("from_email", self.from_email.as_ref().map(|email| json!(email))),
+            ("from_name", self.from_name.as_ref().map(|name| json!(name))),
+            ("secure", self.secure.map(|secure| json!(secure))),
+        ]))
+    }
+
+    /// The password, where one is given, asked for, or needed and a person can be asked.
+    fn password(&self) -> anyhow::Result<Option<SecretString>> {
+        let needed = self.host.is_some() || self.secure == Some(false);
+        match self.password.given()? {
+            None if self.ask_password || (needed && std::io::stdin().is_terminal()) => {
+                password::ask().map(Some)
+            }
+            given => Ok(given),
+        }
+    }
+}
+
+/// Leaves out what has no value.
+pub(super) fn given<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+}
+
+/// Where the worker wants the password, how to give it.
+pub(super) fn say_how(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Refused>() {
+        Ok(refused) if refused.field.as_deref() == Some("password") => {
+            let hint = "Give it with --password-file FILE or --password-stdin; --ask-password has the terminal asked.";
+            Refused { hint: Some(hint.to_owned()), ..refused }.into()
+        }
+        Ok(refused) => refused.into(),
+        Err(error) => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_to_give_the_password_is_told_how() {
+        let refused = |field: &str| Refused {
+            code: "invalid_field".into(),
+            message: "Enter the SMTP password again.".into(),
+            field: Some(field.into()),
+            hint: Some("As it was.".into()),
+        };
+        let words = say_how(refused("password").into()).to_string();
+        assert!(
+            words.starts_with("Enter the SMTP password again. (invalid_field, field password) Give it with"),
+            "{words}"
+        );
+        for way in ["--password-file FILE", "--password-stdin", "--ask-password"] {
+            assert!(words.contains(way), "{words}");
+        }
+        assert!(say_how(refused("host").into()).to_string().ends_with("As it was."));
+        assert_eq!(say_how(anyhow::anyhow!("no reply")).to_string(), "no reply");
+    }
+}

@@ -6,6 +6,7 @@ mod archive_search;
 mod archive_store;
 mod broker;
 mod cli;
+mod commanding;
 mod configs;
 mod connection_test;
 mod core;

@@ -3,6 +3,7 @@
 mod archive;
 mod archive_search;
 mod archive_store;
+mod auth_trouble;
 mod broker;
 mod cli;
 mod configs;

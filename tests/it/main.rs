@@ -4,6 +4,7 @@ mod admin_cli;
 mod archive;
 mod archive_search;
 mod archive_store;
+mod auth_trouble;
 mod broker;
 mod cli;
 mod configs;

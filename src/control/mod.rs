@@ -6,6 +6,7 @@ mod error;
 mod examined;
 mod feature_set;
 mod fields;
+mod job_cancel;
 mod job_status;
 mod request;
 mod schema;
@@ -192,6 +193,7 @@ impl Control {
             Command::SendTestEmail => self.send_test_email(call).await,
             Command::FeatureSet => self.feature_set(call).await,
             Command::JobStatus => self.job_status(call).await,
+            Command::JobCancel => self.job_cancel(call).await,
         }
     }
 
@@ -277,6 +279,7 @@ fn params_of(command: Command) -> &'static [&'static str] {
         Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
         Command::FeatureSet => feature_set::PARAMS,
         Command::JobStatus => job_status::PARAMS,
+        Command::JobCancel => job_cancel::PARAMS,
     }
 }
 

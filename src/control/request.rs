@@ -23,10 +23,11 @@ pub(super) enum Command {
     SendTestEmail,
     FeatureSet,
     JobStatus,
+    JobCancel,
 }
 
 impl Command {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::SmtpConfigCreate,
         Self::SmtpConfigGet,
         Self::SmtpConfigUpdate,
@@ -35,6 +36,7 @@ impl Command {
         Self::SendTestEmail,
         Self::FeatureSet,
         Self::JobStatus,
+        Self::JobCancel,
     ];
 
     /// The contract's name.
@@ -48,6 +50,7 @@ impl Command {
             Self::SendTestEmail => "smtp_config.send_test_email",
             Self::FeatureSet => "feature.set",
             Self::JobStatus => "job.status",
+            Self::JobCancel => "job.cancel",
         }
     }
 
@@ -61,7 +64,7 @@ impl Command {
 
     /// A job may be the platform's; everything else is an organization's.
     pub(super) fn needs_organization(self) -> bool {
-        self != Self::JobStatus
+        !matches!(self, Self::JobStatus | Self::JobCancel)
     }
 }
 
@@ -220,9 +223,11 @@ mod tests {
 
     #[test]
     fn a_job_may_be_the_platforms() {
-        let request =
-            Request::read(br#"{"command":"job.status","organization_id":null,"params":{"id":"x"}}"#);
-        assert_eq!((request.fault, request.organization), (None, None));
+        for command in ["job.status", "job.cancel"] {
+            let json = format!(r#"{{"command":"{command}","organization_id":null,"params":{{"id":"x"}}}}"#);
+            let request = Request::read(json.as_bytes());
+            assert_eq!((request.fault, request.organization), (None, None));
+        }
     }
 
     proptest! {

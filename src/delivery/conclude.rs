@@ -3,6 +3,7 @@
 
 use time::OffsetDateTime;
 
+use crate::model::cancelling;
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
@@ -73,6 +74,7 @@ pub fn conclude(
     };
     let (reason, detail) = match report.shut {
         Some(Shut::Expired) => (Reason::Expired, expired(job)),
+        Some(Shut::Cancelled) => (Reason::Cancelled, cancelling::detail(claimed.unknowns).to_owned()),
         Some(Shut::Superseded(newest)) => {
             (Reason::Superseded, superseded(job.group.as_ref().map_or(0, |group| group.sequence), newest))
         }

@@ -35,6 +35,7 @@ fn claimed() -> Claimed {
         crashes: 0,
         unknowns: 0,
         newest_sequence: None,
+        cancelled: false,
         custom_smtp: false,
         config_version: None,
         config_failing: false,

@@ -26,7 +26,7 @@ pub enum State {
     Dead,
     /// It cannot be known whether it was accepted.
     Unknown,
-    /// Called back before it was taken up.
+    /// Called back, and not sent.
     Cancelled,
 }
 
@@ -177,8 +177,10 @@ pub struct Claimed {
     pub crashes: u32,
     /// Unknown outcomes so far.
     pub unknowns: u32,
-    /// The highest sequence of its group that was taken up.
+    /// The highest sequence of its group that was taken up or called back.
     pub newest_sequence: Option<i64>,
+    /// It was called back, by its id or by its booking's revision.
+    pub cancelled: bool,
     /// The organization's feature flag, as of the claim.
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
@@ -230,7 +232,9 @@ pub enum GateAnswer {
     Open,
     /// The claim is no longer the worker's.
     NotOwner,
-    /// A higher sequence was taken up.
+    /// It was called back.
+    Cancelled,
+    /// A higher sequence was taken up or called back.
     Superseded {
         /// The highest one.
         by: i64,

@@ -323,6 +323,7 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         crashes,
         unknowns,
         newest_sequence: None,
+        cancelled: false,
         custom_smtp: false,
         config_version: None,
         config_failing: false,

@@ -4,10 +4,10 @@
 
 use serde_json::{Value, json};
 
-use super::validate::{CONTENT_ID_MAX, CONTENT_TYPE_MAX, FILENAME_MAX, GROUP_MAX, KIND_MAX, SUBJECT_MAX};
+use super::validate::{CONTENT_ID_MAX, CONTENT_TYPE_MAX, FILENAME_MAX, KIND_MAX, SUBJECT_MAX};
 use super::{VERSION, WireLimits, calendar, header};
 use crate::model::address::{ADDRESS_MAX, NAME_MAX};
-use crate::model::job::{CalendarMethod, OnUnknown};
+use crate::model::job::{CalendarMethod, OnUnknown, Revision};
 use crate::model::schema::{
     DIALECT, NO_CONTROLS, any_case, definition, or_null, organization_id, time, uuid,
 };
@@ -102,7 +102,7 @@ fn properties(limits: &WireLimits) -> Value {
         ),
         "group": {
             "description": "The booking's UID. Without control characters.",
-            "type": ["string", "null"], "pattern": NO_CONTROLS, "minLength": 1, "maxLength": GROUP_MAX,
+            "type": ["string", "null"], "pattern": NO_CONTROLS, "minLength": 1, "maxLength": Revision::GROUP_MAX,
         },
         "sequence": {
             "description": "The booking's revision: a job whose group has a higher one already is not sent.",

@@ -12,6 +12,7 @@ use super::feature_set;
 use super::request::{ACTOR_MAX, BODY_MAX, Command};
 use super::smtp_params::{CREDENTIAL_MAX, NAME_MAX};
 use crate::model::address::ADDRESS_MAX;
+use crate::model::job::Revision;
 use crate::model::schema::{DIALECT, NO_CONTROLS, definition, or_null, organization_id, uuid};
 
 /// The document's name.
@@ -120,6 +121,10 @@ fn about(command: Command) -> &'static str {
         }
         Command::FeatureSet => "Switches a feature on or off for the organization.",
         Command::JobStatus => "What became of a job. Errors: not_found.",
+        Command::JobCancel => {
+            "Calls back a job by its id, or every job of a booking (group) up to and with a sequence. What is not yet taken up \
+             will be dead with reason cancelled."
+        }
     }
 }
 
@@ -144,6 +149,17 @@ fn params(command: Command) -> Vec<Param> {
             required("enabled", json!({"type": "boolean"})),
         ],
         Command::JobStatus => vec![required("id", uuid())],
+        Command::JobCancel => {
+            let group = json!({
+                "description": "The booking's UID. Without control characters.",
+                "type": "string", "minLength": 1, "maxLength": Revision::GROUP_MAX, "pattern": NO_CONTROLS,
+            });
+            let sequence = json!({
+                "description": "The revision that is called back, and all below.",
+                "type": "integer", "minimum": 0, "maximum": i64::MAX,
+            });
+            vec![optional("id", uuid()), optional("group", group), optional("sequence", sequence)]
+        }
     }
 }
 
@@ -153,6 +169,10 @@ fn rule(command: Command) -> Option<Value> {
         Command::SmtpConfigUpdate => {
             Some(fields(false).iter().map(|field| json!({"required": [field.name]})).collect())
         }
+        Command::JobCancel => Some(json!([
+            {"required": ["id"], "not": {"anyOf": [{"required": ["group"]}, {"required": ["sequence"]}]}},
+            {"required": ["group", "sequence"], "not": {"required": ["id"]}},
+        ])),
         _ => None,
     }
 }

@@ -17,6 +17,7 @@ pub(super) fn result_of(command: Command) -> &'static str {
         Command::SendTestEmail => "TestEmail",
         Command::FeatureSet => "Feature",
         Command::JobStatus => "JobStatus",
+        Command::JobCancel => "Cancellation",
     }
 }
 
@@ -35,6 +36,7 @@ pub(super) fn definitions() -> Vec<(String, Value)> {
         ("TestEmail", test_email()),
         ("Feature", object("Whether the organization has it.", json!({"enabled": {"type": "boolean"}}), &[])),
         ("JobStatus", job_status()),
+        ("Cancellation", cancellation()),
     ];
     named.into_iter().map(|(name, schema)| (name.to_owned(), schema)).collect()
 }
@@ -153,6 +155,14 @@ fn job_status() -> Value {
         "platform": {"description": "Given together with letter: whether it is the platform's.", "type": "boolean"},
     });
     object("What is known of a job.", properties, &["letter", "platform"])
+}
+
+fn cancellation() -> Value {
+    let properties = json!({
+        "cancelled": {"description": "Jobs that are not sent any more.", "type": "integer", "minimum": 0},
+        "too_late": {"description": "Jobs that were sent, or may have been.", "type": "integer", "minimum": 0},
+    });
+    object("What became of the jobs that were called back.", properties, &[])
 }
 
 /// An object whose properties are all there, but for those named.

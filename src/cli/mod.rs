@@ -11,6 +11,7 @@ mod migrate;
 mod org;
 mod output;
 mod password;
+mod schema;
 mod story;
 mod topology;
 mod user;
@@ -70,6 +71,9 @@ enum Command {
     /// The keys that stored credentials and dead letters are encrypted under
     #[command(subcommand)]
     Keys(keys::KeysCommand),
+    /// JSON Schemas of jobs, commands and events, and the AsyncAPI document
+    #[command(subcommand)]
+    Schema(schema::SchemaCommand),
 }
 
 /// Parses the arguments, and does what they say. `worker` is given the settings and the drain timeout, and ends when the
@@ -118,6 +122,7 @@ where
         Command::Dead(command) => dead::run(&command, &load(command.needs())?).await,
         Command::Org(command) => org::run(&command, &load(Needs::NOTHING)?).await,
         Command::Keys(keys::KeysCommand::Generate(args)) => keys::generate(&args),
+        Command::Schema(command) => schema::run(&command, &load(Needs::NOTHING)?),
     }
 }
 

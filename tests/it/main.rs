@@ -7,6 +7,7 @@ mod archive_store;
 mod broker;
 mod cli;
 mod configs;
+mod connection_test;
 mod core;
 mod crashes;
 mod dead_cli;

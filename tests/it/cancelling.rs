@@ -111,6 +111,8 @@ async fn a_job_that_waits_for_its_retry_is_not_sent_and_ends_as_one_dead_letter(
     assert_eq!((letter.reason, letter.state, letter.attempts), (Reason::Cancelled, LetterState::Dead, 1));
     assert_eq!((letter.deaths, letter.turn), (1, Turn(1)));
     assert_eq!(letter.detail.as_deref(), Some("cancelled before it was sent"));
+    let dead = "sendoff_jobs_settled_total{lane=\"notifications\",outcome=\"dead\"}";
+    eventually("it is counted as dead", async || worker.metric(dead).await >= 1.0).await;
     assert_eq!(told(&world, Some("acme"), id).await, (json!("cancelled"), json!("cancelled")));
 
     // The other organization's job of that id goes its way.
@@ -289,6 +291,29 @@ async fn of_a_job_that_some_recipients_have_the_others_are_given_up() {
     world.end().await;
 }
 
+#[tokio::test]
+async fn a_job_that_was_called_back_under_way_and_whose_worker_died_is_not_sent_again() {
+    let world = world().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    world.server.rule(Rule::new(Stage::FinalDot, Action::Silence).once());
+    let id = world.publish(&job(Some("acme"))).await;
+    world.server.wait_for(SOON, |seen| seen.count("DATA") == 1).await.expect("it is under way");
+    assert_eq!(cancel(&world, Some("acme"), json!({"id": id})).await, cancelled(0, 1));
+    worker.kill().await;
+    let worker = world.worker().await;
+    // It may have been accepted: that stays said.
+    assert_eq!(world.story(id).await, "dead unknown_outcome");
+    let row = world.state(Some("acme"), id, State::Dead).await;
+    assert_eq!((row.reason, row.attempts), (Some(Reason::UnknownOutcome), 0));
+    assert_eq!(world.letter(id).await.reason, Reason::UnknownOutcome);
+    assert_eq!(world.server.seen(|seen| seen.count("MAIL")), 1);
+    assert_eq!(cancel(&world, Some("acme"), json!({"id": id})).await, cancelled(0, 1));
+    assert_eq!(replayed(&world).await, (json!(0), json!({"cancelled": 1})));
+    worker.stop().await;
+    world.end().await;
+}
+
 // Replays
 
 #[tokio::test]
@@ -390,10 +415,10 @@ async fn a_booking_is_called_back_up_to_a_revision_and_what_is_newer_goes_on() {
         let booking = json!({"group": BOOKING, "sequence": 2});
         assert_eq!(cancel(&world, Some("acme"), booking).await, cancelled(2, 0));
     }
-    for _ in 0..4 {
-        world.retry_now(120, newer).await;
+    // The copies come in the order in which they were put off.
+    for id in [first, second, newer, theirs] {
+        world.retry_now(120, id).await;
     }
-    world.database.run("UPDATE jobs SET not_before = now() WHERE state = 'deferred'").await;
     for id in [first, second] {
         assert_eq!(world.story(id).await, "deferred server_error, dead cancelled");
     }

@@ -140,7 +140,7 @@ mod tests {
             ],
             "warnings": ["SPF: example.org has no record, so that recipients' servers cannot tell this mail from a forgery."],
             "notes": ["DKIM: not checked, for a selector is not known."],
-            "error": {"code": "auth_failed", "message": "The server refused user name or password",
+            "error": {"code": "auth_failed", "message": "The server refused the password",
                       "field": "password", "hint": "Use an app password."},
         })
     }
@@ -155,7 +155,7 @@ ok      address          0 ms  198.51.100.7 (IPv4) is public
 FAILED  authenticate   10.4 s  535 5.7.8 a…@example.org: no
 warning SPF: example.org has no record, so that recipients' servers cannot tell this mail from a forgery.
 note    DKIM: not checked, for a selector is not known.
-The connection test failed at authenticate: The server refused user name or password (auth_failed, field password)
+The connection test failed at authenticate: The server refused the password (auth_failed, field password)
 Next: Use an app password."
         );
         let mut report = refused();

@@ -415,7 +415,7 @@ async fn content_that_was_moved_changed_or_sealed_under_another_key_does_not_ope
     archived(&DeadLetters::new(database.store(), keys(OTHER_KEY)), &[newer]).await;
     let emptied = format!("UPDATE dead_letters SET properties_sealed = '' WHERE letter = '{moved}'");
     database.run(emptied).await;
-    let usage = database.store().key_usage(&keys(KEYS)).await.expect("the database answers");
+    let usage = database.store().key_usage(&keys(KEY)).await.expect("the database answers");
     let known: Vec<_> =
         usage.keys.iter().map(|(id, rows)| (id.as_str(), rows.letters, rows.values)).collect();
     assert_eq!((known.as_slice(), usage.damaged.values), (&[("k1", 4, 7), ("k2", 1, 2)][..], 1));

@@ -17,6 +17,7 @@ mod delivery;
 mod documents;
 mod forgetting;
 mod hostile;
+mod key_rotation;
 mod ledger;
 mod losses;
 mod once;

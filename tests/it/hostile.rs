@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::broker::{Message, amqp_url, eventually};
 use crate::support::dns::{Answer, DnsServer};
 use crate::support::smtp_server::{Action, Rule, Stage};
-use crate::support::world::{KEYS, World, job};
+use crate::support::world::{KEYS, SOON, World, job};
 
 fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(LongString::from(value.as_bytes().to_vec()))

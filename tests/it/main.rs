@@ -16,12 +16,14 @@ mod dead_cli;
 mod delivery;
 mod documents;
 mod forgetting;
+mod health;
 mod hostile;
 mod key_rotation;
 mod ledger;
 mod losses;
 mod once;
 mod outages;
+mod parking;
 #[cfg(feature = "fault-injection")]
 mod poison;
 mod replay;

@@ -10,6 +10,7 @@ mod config_changes;
 mod dead_letters;
 mod features;
 mod incarnation;
+mod leases;
 mod ledger;
 mod sealed_keys;
 mod smtp_configs;
@@ -29,8 +30,8 @@ pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
 pub use dead_letters::{
-    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, ReplayCopy,
-    Taken, Taking, Unopened,
+    Archived, Burial, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page,
+    ParkedShare, ParkedTaken, PartlySent, Recovery, ReplayCopy, Taken, Taking, Unopened,
 };
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};

@@ -108,19 +108,27 @@ impl Store {
         letters: &[LetterId],
         taking: &Taking<'_>,
     ) -> Result<BTreeMap<LetterId, Taken>, StoreError> {
-        let take = async || {
-            let taken = self.on_session(async |session| match take(session, letters, taking).await {
+        self.through_deadlocks(async |session| take(session, letters, taking).await).await
+    }
+
+    /// A transaction that may meet the deadlock of [`DEADLOCK_TRIES`].
+    pub(super) async fn through_deadlocks<T>(
+        &self,
+        transaction: impl AsyncFn(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        let once = async || {
+            let done = self.on_session(async |session| match transaction(session).await {
                 Err(error) if is_deadlock(&error) => Ok(Err(error)),
                 other => other.map(Ok),
             });
-            taken.await
+            done.await
         };
         for _ in 1..DEADLOCK_TRIES {
-            if let Ok(taken) = take().await? {
-                return Ok(taken);
+            if let Ok(done) = once().await? {
+                return Ok(done);
             }
         }
-        Ok(take().await??)
+        Ok(once().await??)
     }
 }
 
@@ -129,10 +137,10 @@ fn is_deadlock(error: &sqlx::Error) -> bool {
 }
 
 /// A letter under its lock, with its job's row under its own.
-struct Held {
-    letter: Letter,
-    job: Option<Job>,
-    newest_sequence: Option<i64>,
+pub(super) struct Held {
+    pub(super) letter: Letter,
+    pub(super) job: Option<Job>,
+    pub(super) newest_sequence: Option<i64>,
 }
 
 impl Held {
@@ -172,11 +180,23 @@ impl Held {
             return;
         }
         letter.replays += 1;
-        letter.replay_turn = Some(replay.turn);
-        letter.turn = self.job.as_ref().map_or(letter.turn, |job| letter.turn.max(job.view.turn));
+        self.handed_over(replay.turn, LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None });
+    }
+
+    /// A copy of this turn is recorded.
+    pub(super) fn handed_over(&mut self, turn: Turn, deed: LetterDeed) {
+        self.catch_up();
+        let letter = &mut self.letter;
+        letter.replay_turn = Some(turn);
         let excess = (letter.history.len() + 1).saturating_sub(HISTORY_MAX);
         letter.history.drain(..excess);
-        letter.history.push(LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None });
+        letter.history.push(deed);
+    }
+
+    /// What the ledger's row is about is no news to the letter any more.
+    pub(super) fn catch_up(&mut self) {
+        let turn = self.letter.turn;
+        self.letter.turn = self.job.as_ref().map_or(turn, |job| turn.max(job.view.turn));
     }
 }
 
@@ -223,7 +243,7 @@ async fn take(
 
 /// The letters' rows and, behind all of them, their jobs' rows; with the time of the transaction, which is the one that is
 /// written.
-async fn lock(
+pub(super) async fn lock(
     session: &mut PgConnection,
     letters: &[LetterId],
 ) -> Result<(Vec<Held>, OffsetDateTime), sqlx::Error> {
@@ -265,7 +285,8 @@ async fn record(
         .iter()
         .filter(|(_, replay)| !replay.resumed)
         .filter_map(|(held, replay)| Some((held, held.letter.key.as_ref()?, replay)));
-    let (known, new): (Vec<_>, Vec<_>) = fresh.partition(|(held, _, _)| held.job.is_some());
+    let (known, new): (Vec<_>, Vec<_>) =
+        fresh.partition(|(held, _, _)| held.job.is_some());
     if !known.is_empty() {
         let refused = known.iter().map(|(held, _, replay)| still_refused(held, replay));
         sqlx::query(HAND_OVER)
@@ -277,6 +298,14 @@ async fn record(
             .execute(&mut *session)
             .await?;
     }
+    enter(session, &new).await
+}
+
+/// Enters jobs that the ledger does not have, as replayed now; those that have come into it meanwhile.
+pub(super) async fn enter(
+    session: &mut PgConnection,
+    new: &[(&Held, &JobKey, &Replay)],
+) -> Result<HashSet<JobKey>, sqlx::Error> {
     if new.is_empty() {
         return Ok(HashSet::new());
     }
@@ -299,7 +328,7 @@ async fn record(
     Ok(late.into_values().cloned().collect())
 }
 
-async fn write<'a>(
+pub(super) async fn write<'a>(
     session: &mut PgConnection,
     held: impl Iterator<Item = &'a Held>,
 ) -> Result<(), sqlx::Error> {
@@ -329,7 +358,7 @@ fn still_refused(held: &Held, replay: &Replay) -> Result<Option<String>, sqlx::E
     if rest.is_empty() { Ok(None) } else { json(&rest).map(Some) }
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, sqlx::Error> {
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, sqlx::Error> {
     serde_json::to_string(value).map_err(|error| sqlx::Error::Encode(error.into()))
 }
 

@@ -15,6 +15,7 @@ use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
 use crate::dead_letters::{self, Archivist};
+use crate::delivery::blame::Blames;
 use crate::delivery::database::DatabaseWatch;
 use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
@@ -275,7 +276,10 @@ impl Running {
     ) -> Worker {
         let retry =
             RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
+        let blames =
+            Blames { configs: self.configs.clone(), cache: configs.clone(), database: database.clone() };
         Worker {
+            blames,
             desk: Desk {
                 ledger: ledger.clone(),
                 store: self.store.clone(),

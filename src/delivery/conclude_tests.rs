@@ -26,6 +26,7 @@ fn claimed() -> Claimed {
         spared: 0,
         first_at: NOW,
         replayed_at: None,
+        reason: None,
         now: NOW,
         message_id: "<1@x.example>".into(),
         pending: None,

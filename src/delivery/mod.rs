@@ -2,7 +2,8 @@
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
 pub mod attempt;
-pub mod conclude;
+pub mod blame;
+mod conclude;
 pub mod database;
 pub mod debts;
 pub mod destination;

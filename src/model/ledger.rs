@@ -161,6 +161,8 @@ pub struct Claimed {
     pub first_at: OffsetDateTime,
     /// When it was last replayed: its age and its retries count from there.
     pub replayed_at: Option<OffsetDateTime>,
+    /// Why it was put off last.
+    pub reason: Option<Reason>,
     /// The database's time of the claim.
     pub now: OffsetDateTime,
     /// The Message-ID to use, with angle brackets.

@@ -26,9 +26,7 @@ use crate::model::organization::OrganizationId;
 use crate::model::parking::{self, Parked, ParkingRules};
 use crate::model::ramp::Ramps;
 use crate::shutdown::Shutdown;
-use crate::store::{
-    Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError,
-};
+use crate::store::{Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError};
 
 /// Who has it releases and buries for all workers.
 const LEASE: &str = "parked letters";
@@ -263,15 +261,25 @@ impl Releaser {
                 ParkedTaken::Buried(burial) => burials.push(burial),
                 ParkedTaken::Copy(copy) => {
                     if let Some((letter, ready)) = outgoing.remove(&id) {
-                        copies.entry(organization_of(&letter).cloned()).or_default().push((letter, ready, copy));
+                        copies
+                            .entry(organization_of(&letter).cloned())
+                            .or_default()
+                            .push((letter, ready, copy));
                     }
                 }
             }
         }
-        let published = join_all(copies.into_values().map(|copies| self.publish(copies))).await;
-        let published: Vec<(LetterId, Turn)> = published.into_iter().flatten().collect();
+        let mut publishing = Vec::with_capacity(copies.len());
+        for copies in copies.into_values() {
+            publishing.push(self.publish(copies));
+        }
+        let published: Vec<(LetterId, Turn)> = join_all(publishing).await.into_iter().flatten().collect();
         self.store.mark_replayed(&published).await?;
-        let announced = join_all(burials.iter().map(|burial| self.announce_death(burial))).await;
+        let mut announcing = Vec::with_capacity(burials.len());
+        for burial in &burials {
+            announcing.push(self.announce_death(burial));
+        }
+        let announced = join_all(announcing).await;
         let buried: Vec<Burial> =
             burials.into_iter().zip(announced).filter_map(|(burial, said)| said.then_some(burial)).collect();
         self.store.mark_buried(&buried).await
@@ -306,8 +314,7 @@ impl Releaser {
         };
         let first = partly_sent.as_ref().and_then(|partly| partly.refused.first());
         let reason = first.map_or(*reason, |refused| refused.reason);
-        let death =
-            if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } };
+        let death = if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } };
         let sent = partly_sent.as_ref().map(|partly| What::Sent {
             message_id: partly.message_id.clone(),
             transport: partly.transport,

@@ -231,7 +231,9 @@ mod tests {
         ];
         for (letter, expected) in cases {
             for (ledger, may_go) in [(Some(&waits), true), (Some(&waits), false), (None, true)] {
-                let Parked::Dies { reason, .. } = decided(&letter, ledger, may_go) else { panic!("{letter:?}") };
+                let Parked::Dies { reason, .. } = decided(&letter, ledger, may_go) else {
+                    panic!("{letter:?}")
+                };
                 assert_eq!(reason, expected);
             }
         }

@@ -64,12 +64,10 @@ CROSS JOIN LATERAL (
 const FAILING: &str = concat!("SELECT id FROM unnest($2::text[]) AS a (id) WHERE ", fails_in_use!("a.id"));
 
 /// Age and retries go on as if the job had not been parked. Owner 0 is a program that has gone: whoever meets an older copy
-/// repeats the hand-over. The Message-ID of a job that nobody has tried is made at its first attempt.
+/// repeats the hand-over.
 const RELEASE: &str = "
 UPDATE jobs SET state = 'deferred', turn = a.turn, owner = 0, not_before = now(),
     replayed_at = coalesce(jobs.replayed_at, jobs.first_at) + (now() - jobs.updated_at),
-    message_id = CASE WHEN jobs.attempts = 0 AND jobs.crashes = 0 AND jobs.replayed_at IS NULL THEN NULL
-        ELSE jobs.message_id END,
     reason = NULL, detail = NULL, updated_at = now()
 FROM unnest($1::uuid[], $2::text[], $3::int[]) AS a (id, organization_id, turn)
 WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id
@@ -205,14 +203,14 @@ impl Store {
     /// another has in hand, or whose copy was taken up. None is released anew unless `release`. It may be repeated.
     ///
     /// # Errors
-    /// When the database did not answer; it may have recorded all of them, or none.
+    /// When the database did not answer, or ended a deadlock with this; it may have recorded all of them, or none.
     pub async fn take_parked(
         &self,
         letters: &[LetterId],
         rules: ParkingRules,
         release: bool,
     ) -> Result<BTreeMap<LetterId, ParkedTaken>, StoreError> {
-        self.through_deadlocks(async |session| take(session, letters, rules, release).await).await
+        self.on_session(async |session| take(session, letters, rules, release).await).await
     }
 
     /// These deaths are announced. A letter that is no longer as it was buried stays as it is.
@@ -357,7 +355,8 @@ async fn record_releases(
 ) -> Result<HashMap<JobKey, OffsetDateTime>, sqlx::Error> {
     let mut ages = HashMap::new();
     let late = {
-        let all = released.iter().filter_map(|(held, replay)| Some((held, held.letter.key.as_ref()?, replay)));
+        let all =
+            released.iter().filter_map(|(held, replay)| Some((held, held.letter.key.as_ref()?, replay)));
         let (known, new): (Vec<_>, Vec<_>) = all.partition(|(held, _, _)| held.job.is_some());
         if !known.is_empty() {
             let rows = sqlx::query(RELEASE)
@@ -370,7 +369,10 @@ async fn record_releases(
                 known.iter().map(|(_, key, _)| ((key.id, organization_text(key)), *key)).collect();
             for row in &rows {
                 let key = by_row.get(&(row.try_get("id")?, row.try_get("organization_id")?));
-                ages.extend(key.map(|key| Ok::<_, sqlx::Error>(((*key).clone(), row.try_get("replayed_at")?))).transpose()?);
+                ages.extend(
+                    key.map(|key| Ok::<_, sqlx::Error>(((*key).clone(), row.try_get("replayed_at")?)))
+                        .transpose()?,
+                );
             }
         }
         ages.extend(new.iter().map(|(_, key, _)| ((*key).clone(), now)));
@@ -391,15 +393,25 @@ async fn record_deaths(session: &mut PgConnection, dying: &[(Held, Burial)]) -> 
         return Ok(());
     }
     let dead = |burial: &Burial| burial.partly_sent.is_none();
-    let refused = known.iter().map(|(_, burial)| {
-        burial.partly_sent.as_ref().map(|partly| json(&partly.refused)).transpose()
-    });
+    let refused = known
+        .iter()
+        .map(|(_, burial)| burial.partly_sent.as_ref().map(|partly| json(&partly.refused)).transpose());
     sqlx::query(DIE)
         .bind(known.iter().map(|(key, _)| key.id).collect::<Vec<_>>())
         .bind(known.iter().map(|(key, _)| organization_text(key)).collect::<Vec<_>>())
-        .bind(known.iter().map(|(_, b)| if dead(b) { State::Dead } else { State::Sent }.as_str()).collect::<Vec<_>>())
+        .bind(
+            known
+                .iter()
+                .map(|(_, b)| if dead(b) { State::Dead } else { State::Sent }.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(known.iter().map(|(_, b)| dead(b).then(|| b.reason.as_str())).collect::<Vec<_>>())
-        .bind(known.iter().map(|(_, b)| dead(b).then(|| without_nul(&b.detail).into_owned())).collect::<Vec<_>>())
+        .bind(
+            known
+                .iter()
+                .map(|(_, b)| dead(b).then(|| without_nul(&b.detail).into_owned()))
+                .collect::<Vec<_>>(),
+        )
         .bind(refused.collect::<Result<Vec<_>, _>>()?)
         .execute(session)
         .await

@@ -108,27 +108,19 @@ impl Store {
         letters: &[LetterId],
         taking: &Taking<'_>,
     ) -> Result<BTreeMap<LetterId, Taken>, StoreError> {
-        self.through_deadlocks(async |session| take(session, letters, taking).await).await
-    }
-
-    /// A transaction that may meet the deadlock of [`DEADLOCK_TRIES`].
-    pub(super) async fn through_deadlocks<T>(
-        &self,
-        transaction: impl AsyncFn(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, StoreError> {
-        let once = async || {
-            let done = self.on_session(async |session| match transaction(session).await {
+        let take = async || {
+            let taken = self.on_session(async |session| match take(session, letters, taking).await {
                 Err(error) if is_deadlock(&error) => Ok(Err(error)),
                 other => other.map(Ok),
             });
-            done.await
+            taken.await
         };
         for _ in 1..DEADLOCK_TRIES {
-            if let Ok(done) = once().await? {
-                return Ok(done);
+            if let Ok(taken) = take().await? {
+                return Ok(taken);
             }
         }
-        Ok(once().await??)
+        Ok(take().await??)
     }
 }
 
@@ -180,7 +172,10 @@ impl Held {
             return;
         }
         letter.replays += 1;
-        self.handed_over(replay.turn, LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None });
+        self.handed_over(
+            replay.turn,
+            LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None },
+        );
     }
 
     /// A copy of this turn is recorded.
@@ -285,8 +280,7 @@ async fn record(
         .iter()
         .filter(|(_, replay)| !replay.resumed)
         .filter_map(|(held, replay)| Some((held, held.letter.key.as_ref()?, replay)));
-    let (known, new): (Vec<_>, Vec<_>) =
-        fresh.partition(|(held, _, _)| held.job.is_some());
+    let (known, new): (Vec<_>, Vec<_>) = fresh.partition(|(held, _, _)| held.job.is_some());
     if !known.is_empty() {
         let refused = known.iter().map(|(held, _, replay)| still_refused(held, replay));
         sqlx::query(HAND_OVER)

@@ -19,6 +19,7 @@ mod once;
 mod outages;
 #[cfg(feature = "fault-injection")]
 mod poison;
+mod releasing;
 mod replay;
 mod replies;
 mod rules;

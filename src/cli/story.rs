@@ -134,7 +134,7 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
         ),
         State::Claimed => format!("A worker took it up at {since} and has it now."),
         State::Deferred if status.reason.is_none() && status.attempts > 0 => {
-            format!("It was replayed at {since}, and its first attempt after that is to come.")
+            format!("It was replayed or released at {since}, and its first attempt after that is to come.")
         }
         State::Deferred => match status.next_attempt_at {
             Some(at) if at > now => format!("It waits for its next attempt, at {}{why}.", moment(at, now)),
@@ -341,7 +341,10 @@ mod tests {
         waits.next_attempt_at = Some(NOW - Duration::minutes(5));
         assert!(job(&waits, NOW)[0].starts_with("Its next attempt is due since"));
         let replayed = job(&status(State::Deferred, None), NOW);
-        assert!(replayed[0].starts_with("It was replayed at 2030-01-07T06:00:00Z"), "{replayed:?}");
+        assert!(
+            replayed[0].starts_with("It was replayed or released at 2030-01-07T06:00:00Z"),
+            "{replayed:?}"
+        );
         let mut parked = status(State::Parked, Some(Reason::AuthFailed));
         parked.key.organization = Some(OrganizationId::from_integer(42));
         let words = job(&parked, NOW);

@@ -11,6 +11,7 @@ pub mod dispatch;
 mod gatekeeping;
 pub mod in_hand;
 pub mod lanes;
+pub mod probing;
 pub mod quarantine;
 mod recovery;
 pub mod route;

@@ -26,6 +26,7 @@ mod outages;
 mod parking;
 #[cfg(feature = "fault-injection")]
 mod poison;
+mod releasing;
 mod replay;
 mod replies;
 mod rules;

@@ -63,14 +63,14 @@ pub(in crate::cli) fn deeds(letter: &Letter, ledger: Option<&JobStatus>, now: Of
     if history.is_empty() {
         return Vec::new();
     }
-    let mut lines = vec!["Replays and discards:".to_owned()];
+    let mut lines = vec!["Replays, releases and discards:".to_owned()];
     lines.extend(
         history.iter().enumerate().map(|(at, deed)| format!("  {}. {}", at + 1, told(deed, letter, now))),
     );
     lines
 }
 
-/// The letter's history, with the outcome of its last replay from the ledger where the archive has none yet.
+/// The letter's history, with the outcome of its last replay or release from the ledger where the archive has none yet.
 pub(super) fn history(letter: &Letter, ledger: Option<&JobOutcome>) -> Vec<LetterDeed> {
     let mut history = letter.history.clone();
     if let (true, Some(last), Some(status)) = (is_open(letter), history.last_mut(), ledger)
@@ -86,10 +86,11 @@ pub(super) fn history(letter: &Letter, ledger: Option<&JobOutcome>) -> Vec<Lette
     history
 }
 
-/// Whether only the ledger knows what came of the letter's last replay.
+/// Whether only the ledger knows what came of the letter's last replay or release.
 pub(super) fn is_open(letter: &Letter) -> bool {
+    let waits = |last: &LetterDeed| last.what != Deed::Discard && last.outcome.is_none();
     matches!(letter.state, LetterState::Replayed | LetterState::Dead)
-        && letter.history.last().is_some_and(|last| last.what == Deed::Replay && last.outcome.is_none())
+        && letter.history.last().is_some_and(waits)
 }
 
 fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
@@ -98,7 +99,9 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
         return format!("{at}, discarded by {by}");
     }
     let outcome = match &deed.outcome {
-        None if letter.state == LetterState::Replaying => "its copy is not confirmed yet".to_owned(),
+        None if matches!(letter.state, LetterState::Replaying | LetterState::Parked) => {
+            "its copy is not confirmed yet".to_owned()
+        }
         None => "its outcome is not known".to_owned(),
         Some(DeedOutcome { state, reason, at }) => {
             let words = match State::from_name(state) {
@@ -114,7 +117,10 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
             format!("{words}{why}{at}")
         }
     };
-    format!("{at}, replayed by {by}: {outcome}")
+    match deed.what {
+        Deed::Release => format!("{at}, released when its organization's mail flowed again: {outcome}"),
+        Deed::Replay | Deed::Discard => format!("{at}, replayed by {by}: {outcome}"),
+    }
 }
 
 fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
@@ -127,8 +133,10 @@ fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
             )
         }
         LetterState::Replayed => match ledger {
-            None => "Next: it was replayed; the ledger has forgotten what came of it.".to_owned(),
-            Some(status) => format!("Next: it was replayed; the job is {} now.", status.state.as_str()),
+            None => format!("Next: it was {}; the ledger has forgotten what came of it.", gone(letter)),
+            Some(status) => {
+                format!("Next: it was {}; the job is {} now.", gone(letter), status.state.as_str())
+            }
         },
         LetterState::Discarded => {
             format!(
@@ -139,6 +147,14 @@ fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
             format!("Next: {}.", advice(Reason::UnknownOutcome, id))
         }
         LetterState::Dead => format!("Next: {}.", advice(letter.reason, id)),
+    }
+}
+
+/// In which way its last copy went out.
+fn gone(letter: &Letter) -> &'static str {
+    match letter.history.last().map(|last| last.what) {
+        Some(Deed::Release) => "released",
+        Some(Deed::Replay | Deed::Discard) | None => "replayed",
     }
 }
 
@@ -223,6 +239,20 @@ mod tests {
         }
         let replaying = deeds(&replayed(LetterState::Replaying), Some(&ledger(State::Deferred, 2)), NOW);
         assert!(replaying[1].ends_with("its copy is not confirmed yet"), "{replaying:?}");
+    }
+
+    #[test]
+    fn a_release_is_told_as_one() {
+        let mut letter = replayed(LetterState::Replayed);
+        letter.history[0].what = Deed::Release;
+        let sent = ledger(State::Sent, 2);
+        let told = deeds(&letter, Some(&sent), NOW);
+        assert!(told[1].contains("released when its organization's mail flowed again: sent"), "{told:?}");
+        assert!(
+            super::letter(&letter, Some(&sent), NOW)[1].starts_with("Next: it was released; the job is sent")
+        );
+        letter.state = LetterState::Parked;
+        assert!(deeds(&letter, None, NOW)[1].ends_with("its copy is not confirmed yet"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 use super::error::{Code, ControlError};
 use super::smtp_trouble;
 use crate::model::failure::{Failure, Fault, Phase};
+use crate::model::sender_records::Findings;
 use crate::model::smtp_settings::{SmtpAccount, TlsMode};
 use crate::smtp::{Examination, TlsFacts};
 
@@ -23,11 +24,11 @@ pub(super) struct TestReport {
     pub(super) ok: bool,
     steps: Vec<Step>,
     /// What does not fail the test and hurts delivery; each begins with its topic.
-    pub(super) warnings: Vec<String>,
+    warnings: Vec<String>,
     /// What was found out beside, and what a test cannot tell.
-    pub(super) notes: Vec<String>,
+    notes: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) error: Option<ControlError>,
+    error: Option<ControlError>,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -79,6 +80,17 @@ impl TestReport {
             notes: Vec::new(),
             error,
         }
+    }
+
+    /// Whether host or port are ones that are not dialled: then nothing beyond that is told.
+    pub(super) fn refuses_to_dial(&self) -> bool {
+        matches!(self.code(), Some(Code::HostNotPublic | Code::PortNotAllowed))
+    }
+
+    /// Adds what is to be told of the sender's domain.
+    pub(super) fn add(&mut self, findings: Findings) {
+        self.warnings.extend(findings.warnings);
+        self.notes.extend(findings.notes);
     }
 
     /// The error's code.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use serde_json::json;
+use tokio::time::{Instant, timeout_at};
 
 use super::error::ControlError;
 use super::examined::TestReport;
@@ -14,8 +15,10 @@ use super::smtp_config_update::{password_rule, patch};
 use super::smtp_params::{self, SmtpParams};
 use super::testing::{Stored, destination};
 use super::{Call, Control, Done};
+use crate::egress::{EgressError, ServerHost};
 use crate::model::address::{EmailAddress, Mailbox};
 use crate::model::organization::OrganizationId;
+use crate::model::sender_records::{self, Findings, MailRecords};
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use crate::store::{LastTest, NewSmtpConfig, SmtpConfig, SmtpConfigPatch};
 
@@ -75,9 +78,33 @@ impl Control {
     async fn examine(&self, call: &Call<'_>, organization: &OrganizationId, subject: &Subject) -> TestReport {
         let destination = destination(organization, subject.stored.unwrap_or(0));
         let by = call.began + TEST_LIMIT;
-        let seen = self.smtp.examine(&destination, &subject.account, by).await;
+        let (seen, findings) = tokio::join!(
+            self.smtp.examine(&destination, &subject.account, by),
+            self.senders_domain(&subject.account, by),
+        );
         let allowed_ports = self.egress.policy().ports().to_string();
-        TestReport::new(&seen, &subject.account, &allowed_ports, self.clock.now())
+        let mut report = TestReport::new(&seen, &subject.account, &allowed_ports, self.clock.now());
+        if !report.refuses_to_dial() {
+            report.add(findings);
+        }
+        report
+    }
+
+    /// What is to be told of the sender's domain. Where the host or the port may not be dialled, nothing is looked up.
+    async fn senders_domain(&self, account: &SmtpAccount, by: Instant) -> Findings {
+        let Ok(host) = ServerHost::parse(&account.host) else { return Findings::default() };
+        let domain = account.from.email.domain();
+        let looking = async {
+            match self.egress.approve(&host, account.port).await {
+                Err(EgressError::HostNotPublic { .. } | EgressError::PortNotAllowed { .. }) => None,
+                _ => Some(self.egress.mail_records(domain).await),
+            }
+        };
+        match timeout_at(by, looking).await {
+            Ok(None) => Findings::default(),
+            Ok(Some(records)) => sender_records::findings(domain, &records),
+            Err(_) => sender_records::findings(domain, &MailRecords::failed("no answer in time")),
+        }
     }
 
     /// What the result means for the stored configuration. The answer does not depend on it.

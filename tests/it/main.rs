@@ -8,6 +8,7 @@ mod auth_trouble;
 mod broker;
 mod cancelling;
 mod cli;
+mod commanding;
 mod configs;
 mod connection_test;
 mod core;

@@ -226,6 +226,9 @@ async fn of_a_host_that_is_not_public_nothing_is_told_and_nothing_is_dialled() {
         }
         reports.push((host, report));
     }
+    let (none, first) = (json!([]), &reports[0].1);
+    assert_eq!((&first["warnings"], &first["notes"]), (&none, &none));
+    assert_eq!(house.dns.questions("acme.example") + house.dns.questions("_dmarc.acme.example"), 0);
     for (host, report) in &reports {
         assert_eq!(*report, reports[0].1, "{host} is told from {}", reports[0].0);
     }
@@ -273,6 +276,32 @@ async fn a_certificate_that_ends_soon_is_a_warning_and_no_failure() {
         report["warnings"].as_array().expect("warnings").iter().filter_map(Value::as_str).collect();
     let of_certificate: Vec<_> = warnings.iter().filter(|text| text.starts_with("Certificate: ")).collect();
     assert!(of_certificate.len() == 1 && of_certificate[0].contains("4096-01-01, in 7 days"), "{warnings:?}");
+}
+
+#[tokio::test]
+async fn what_the_senders_domain_lacks_is_a_warning_and_its_dns_failing_too() {
+    let house = House::new().await;
+    let server = house.server(|_| {}).await;
+    let topics = |list: &Value| -> Vec<String> {
+        let list = list.as_array().expect("a list").iter().filter_map(Value::as_str);
+        list.filter_map(|text| Some(text.split_once(": ")?.0.to_owned())).collect()
+    };
+    let bare = house.test(settings(server.port())).await;
+    assert_eq!(
+        (&bare["ok"], topics(&bare["warnings"])),
+        (&json!(true), ["SPF", "DMARC", "MX"].map(str::to_owned).to_vec())
+    );
+    house.dns.script_senders_domain("good.example");
+    let params = settings_with(server.port(), json!({"from_email": "hello@good.example"}));
+    let good = house.test(params).await;
+    assert_eq!((&good["ok"], &good["warnings"]), (&json!(true), &json!([])), "{good}");
+    for topic in ["SPF", "DMARC", "DKIM"] {
+        assert!(topics(&good["notes"]).contains(&topic.to_owned()), "{good}");
+    }
+    // A refused login leaves the sender's domain as it is.
+    let params = settings_with(server.port(), json!({"password": "wrong"}));
+    let refused = house.test(params).await;
+    assert_eq!((&refused["ok"], topics(&refused["warnings"]).len()), (&json!(false), 3), "{refused}");
 }
 
 #[tokio::test]

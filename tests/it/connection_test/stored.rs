@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -68,6 +70,24 @@ async fn a_stored_password_is_presented_to_its_own_host_only() {
     assert_eq!(own.sessions()[0].auth_payloads, [format!("\0{USERNAME}\0another")]);
     assert_eq!(house.config().await["last_test"], Value::Null, "none of these was the stored configuration");
     assert_eq!(house.config().await["version"], 1);
+}
+
+#[tokio::test]
+async fn credentials_that_a_server_repeats_are_not_told() {
+    let house = House::new().await;
+    let plain = BASE64.encode(format!("\0{USERNAME}\0{PASSWORD}"));
+    let words = format!("535 5.7.8 no {USERNAME}, no {PASSWORD}, not {plain} either");
+    let server =
+        house.server(|behaviour| behaviour.rule(Rule::new(Stage::Auth, Action::reply(&words)))).await;
+    house.store(&server).await;
+    for (command, params) in [
+        ("smtp_config.test", json!({})),
+        ("smtp_config.send_test_email", json!({"to": "ann@customer.example"})),
+    ] {
+        let reply = house.ask(command, "acme", params).await.to_string();
+        assert!(reply.contains("535 5.7.8 no …, no …") && reply.contains("either"), "{reply}");
+        assert!(!reply.contains(&plain), "{reply}");
+    }
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ mod archive;
 mod archive_search;
 mod archive_store;
 mod broker;
+mod canary;
 mod cli;
 mod configs;
 mod core;

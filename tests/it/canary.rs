@@ -9,6 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use secrecy::{ExposeSecret, SecretString};
 use sendoff::model::address::{EmailAddress, Mailbox};
+use sendoff::model::ledger::State;
 use sendoff::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use sendoff::secrets::KeyRing;
 use sendoff::settings::{Needs, Settings, Sources};
@@ -42,7 +43,7 @@ impl Finder {
         let mut finder = Self { forms: Vec::new() };
         for (name, secret) in [("user name", USERNAME), ("password", PASSWORD), ("wrong password", WRONG)] {
             finder.add(name, secret.as_bytes());
-            finder.add_text(&format!("{name} in JSON"), &inner(&json!(secret).to_string()));
+            finder.add(&format!("{name} in JSON"), inner(&json!(secret).to_string()).as_bytes());
             finder.add_text(
                 &format!("{name} in JSON of JSON"),
                 &inner(&json!(inner(&json!(secret).to_string())).to_string()),
@@ -383,7 +384,7 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
     for (organization, id) in &jobs {
         eventually(&format!("{organization:?} {id} was tried"), async || {
             let status = world.status(*organization, *id).await;
-            status.is_some_and(|status| status.state.as_str() != "claimed" && !status.history.is_empty())
+            status.is_some_and(|status| status.state != State::Claimed)
         })
         .await;
     }
@@ -462,7 +463,6 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
     worker.signal("TERM").await;
     let (code, log) = worker.ended().await;
     assert_eq!(code, 0, "{log}");
-    assert!(log.contains("TRACE") || log.contains("DEBUG"), "nothing below INFO was logged");
     collected.add("the worker's log", log);
     // The canaries have sung: they were where they belong.
     let payloads: String = [&world.server, &echoing, &talkative]

@@ -6,6 +6,7 @@ mod archive_search;
 mod archive_store;
 mod auth_trouble;
 mod broker;
+mod canary;
 mod cancelling;
 mod cli;
 mod commanding;

@@ -9,6 +9,7 @@
 //!   [`settings`], and each other in two places: `smtp` dials through `egress`, `store` seals with `secrets`.
 //! - [`delivery`], [`control`] and [`dead_letters`] are the only places where two outside systems meet. They do not import
 //!   each other.
+//! - [`rotation`] walks what the store has sealed, for [`cli`].
 //! - [`parts`] builds adapters from the settings, for [`cli`] and [`app`].
 //! - [`cli`] and [`http`] stand in front; [`app`] composes the worker, and only `main` imports it.
 //!
@@ -26,6 +27,7 @@ pub mod fault;
 pub mod http;
 pub mod model;
 pub mod parts;
+pub mod rotation;
 pub mod secrets;
 pub mod settings;
 pub mod shutdown;

@@ -14,7 +14,7 @@ use super::names::Names;
 use super::topology::short;
 use crate::model::failure::Reason;
 use crate::model::ledger::Turn;
-use crate::model::letter::Killer;
+use crate::model::letter::{Fate, Killer};
 use crate::model::text;
 
 const ATTEMPT: &str = "sendoff-attempt";
@@ -27,8 +27,11 @@ const REASON: &str = "sendoff-reason";
 const DETAIL: &str = "sendoff-detail";
 const DIED_AT: &str = "sendoff-died-at";
 const RECIPIENTS: &str = "sendoff-recipients";
-const OURS: [&str; 10] =
-    [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, FAULTS, REASON, DETAIL, DIED_AT, RECIPIENTS];
+const STATE: &str = "sendoff-state";
+const OURS: [&str; 11] =
+    [ATTEMPT, FIRST_AT, LANE, ROUTING_KEY, TURN, FAULTS, REASON, DETAIL, DIED_AT, RECIPIENTS, STATE];
+/// The one value of that header; a letter without it is a dead one.
+const PARKED: &str = "parked";
 const TRACEPARENT: &str = "traceparent";
 
 /// W3C Trace Context: 55 characters in version 00, with room for later ones.
@@ -130,6 +133,8 @@ pub struct Death {
     pub died_at: Option<OffsetDateTime>,
     /// Who.
     pub killer: Killer,
+    /// Whether it is dead, or waits.
+    pub fate: Fate,
 }
 
 impl Received {
@@ -294,7 +299,7 @@ impl Death {
     fn unroutable(routing_key: &str) -> Self {
         let key = text::single_line(routing_key);
         let detail = Some(format!("no lane takes the routing key `{key}`"));
-        Self { reason: Reason::Unroutable, detail, died_at: None, killer: Killer::Broker }
+        Self { reason: Reason::Unroutable, detail, died_at: None, killer: Killer::Broker, fate: Fate::Dead }
     }
 
     fn by_worker(headers: &FieldTable) -> Self {
@@ -303,11 +308,14 @@ impl Death {
         let died_at = time_of(headers, DIED_AT);
         // A worker always says when; what somebody else has put into the queue, no worker has announced.
         let killer = if died_at.is_some() { Killer::Worker } else { Killer::Broker };
+        let says_parked = text_of(headers, STATE, 16).is_some_and(|state| state == PARKED);
+        let fate = if says_parked && killer == Killer::Worker { Fate::Parked } else { Fate::Dead };
         Self {
             reason: reason.unwrap_or(Reason::Internal),
             detail: detail.map(|detail| text::bounded(&text::single_line(&detail), DETAIL_MAX)),
             died_at,
             killer,
+            fate,
         }
     }
 }
@@ -343,7 +351,7 @@ impl BrokerDeath {
                 (Reason::Internal, format!("the broker took it from its lane: {}", text::single_line(other)))
             }
         };
-        Death { reason, detail: Some(detail), died_at: self.at, killer: Killer::Broker }
+        Death { reason, detail: Some(detail), died_at: self.at, killer: Killer::Broker, fate: Fate::Dead }
     }
 }
 
@@ -377,6 +385,9 @@ pub(super) fn death_headers(death: &DeadLetter<'_>) -> Vec<(&'static str, AMQPVa
         let positions: Vec<String> = recipients.iter().map(u16::to_string).collect();
         headers.push((RECIPIENTS, long(&positions.join(","))));
     }
+    if death.fate == Fate::Parked {
+        headers.push((STATE, long(PARKED)));
+    }
     headers
 }
 
@@ -391,6 +402,8 @@ pub struct DeadLetter<'a> {
     pub died_at: OffsetDateTime,
     /// Positions over to + cc + bcc that it is for, ascending; `None`: every recipient.
     pub recipients: Option<&'a [u16]>,
+    /// Whether it is dead, or waits for its organization's configuration.
+    pub fate: Fate,
 }
 
 /// Delivery mode 2 (AMQP 0-9-1 section 1.8.1): written to disk before it is confirmed.

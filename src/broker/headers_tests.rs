@@ -134,13 +134,29 @@ fn what_a_worker_says_of_a_death_is_read_back() {
         detail: "recipient 1 was refused",
         died_at: at,
         recipients: Some(&[1, 30]),
+        fate: Fate::Parked,
     };
     let mut letter = delivery("p.dead", "reminder.x", &death_headers(&said));
     let read = Received::from_dead(&mut letter, &Names::new("p"));
     assert_eq!(read.recipients, Some(vec![1, 30]));
     let detail = Some(said.detail.to_owned());
-    let killer = Killer::Worker;
-    assert_eq!(read.death, Some(Death { reason: said.reason, detail, died_at: Some(at), killer }));
+    let (killer, fate) = (Killer::Worker, Fate::Parked);
+    assert_eq!(read.death, Some(Death { reason: said.reason, detail, died_at: Some(at), killer, fate }));
+}
+
+#[test]
+fn nobody_but_a_worker_parks_a_letter() {
+    let names = Names::new("p");
+    let at = time::macros::datetime!(2026-11-22 20:00 UTC);
+    let fate = |headers: &[(&'static str, AMQPValue)]| {
+        let mut letter = delivery("p.dead", "reminder.x", headers);
+        Received::from_dead(&mut letter, &names).death.map(|death| death.fate)
+    };
+    let parked = || (STATE, long("parked"));
+    assert_eq!(fate(&[parked(), (DIED_AT, time_value(at))]), Some(Fate::Parked));
+    assert_eq!(fate(&[(STATE, long("sent")), (DIED_AT, time_value(at))]), Some(Fate::Dead));
+    assert_eq!(fate(&[parked()]), Some(Fate::Dead));
+    assert_eq!(fate(&[parked(), ("x-death", deaths("p.jobs.lane", "delivery_limit"))]), Some(Fate::Dead));
 }
 
 #[test]
@@ -156,6 +172,7 @@ fn a_republish_carries_on_only_what_the_contract_names() {
             ("sendoff-note", long("kept")),
             (REASON, long("stale")),
             (RECIPIENTS, long("0")),
+            (STATE, long("parked")),
             (TRACEPARENT, long("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")),
         ],
     );

@@ -186,11 +186,12 @@ async fn stored_keys(store: &Store, keys: &KeyRing) -> Result<String, String> {
             found.damaged
         ));
     }
-    let letters = store.letter_keys().await.map_err(|error| error.to_string())?;
-    let keyless: Vec<String> = letters
+    let usage = store.key_usage(keys).await.map_err(|error| error.to_string())?;
+    let keyless: Vec<String> = usage
+        .keys
         .iter()
-        .filter(|(id, _)| !keys.ids().any(|known| known == id.as_str()))
-        .map(|(id, letters)| format!("{letters} under `{id}`"))
+        .filter(|(id, rows)| rows.letters > 0 && !keys.ids().any(|known| known == id.as_str()))
+        .map(|(id, rows)| format!("{} under `{id}`", rows.letters))
         .collect();
     if !keyless.is_empty() {
         return Err(format!(
@@ -198,11 +199,8 @@ async fn stored_keys(store: &Store, keys: &KeyRing) -> Result<String, String> {
             keyless.join(", ")
         ));
     }
-    Ok(format!(
-        "{} configurations open; the keys of {} dead letters are there",
-        found.readable,
-        letters.values().sum::<u64>()
-    ))
+    let letters: u64 = usage.keys.values().map(|rows| rows.letters).sum();
+    Ok(format!("{} configurations open; the keys of {letters} dead letters are there", found.readable))
 }
 
 async fn look_at_broker(settings: &Settings, report: &mut Report) -> anyhow::Result<()> {

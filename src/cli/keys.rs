@@ -1,5 +1,8 @@
-//! `sendoff keys generate`: a new key for stored credentials and dead letters.
-//! Guarantee: the key is printed once and kept nowhere.
+//! `sendoff keys`: the keys of stored credentials and dead letters.
+//! Guarantee: a new key is printed once and kept nowhere; of the others no more is shown than their ids.
+
+pub(super) mod rotate;
+pub(super) mod status;
 
 use clap::{Args, Subcommand};
 use secrecy::ExposeSecret;
@@ -10,10 +13,18 @@ use crate::clock::Clock;
 use crate::secrets::KeyRing;
 
 #[derive(Debug, Subcommand)]
-#[command(after_help = "Example:\n  sendoff keys generate")]
+#[command(
+    after_help = "Examples:\n  sendoff keys generate\n  sendoff keys status\n  sendoff keys rotate\n\nTo change keys: \
+    generate one, put it before the others in encryption.keys, restart every worker, rotate, and take an older key out \
+    when status calls it removable."
+)]
 pub(super) enum KeysCommand {
     /// Print a new random key as an item for encryption.keys
     Generate(GenerateArgs),
+    /// Tell what needs which key, and which key can be taken out
+    Status(status::StatusArgs),
+    /// Seal every stored credential and dead letter anew under the first key
+    Rotate(rotate::RotateArgs),
 }
 
 #[derive(Debug, Args)]

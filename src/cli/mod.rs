@@ -11,6 +11,7 @@ mod migrate;
 mod org;
 mod output;
 mod password;
+mod run;
 mod schema;
 mod story;
 mod topology;
@@ -122,6 +123,8 @@ where
         Command::Dead(command) => dead::run(&command, &load(command.needs())?).await,
         Command::Org(command) => org::run(&command, &load(Needs::NOTHING)?).await,
         Command::Keys(keys::KeysCommand::Generate(args)) => keys::generate(&args),
+        Command::Keys(keys::KeysCommand::Status(args)) => keys::status::run(&args, &load(Needs::ALL)?).await,
+        Command::Keys(keys::KeysCommand::Rotate(args)) => keys::rotate::run(&args, &load(Needs::ALL)?).await,
         Command::Schema(command) => schema::run(&command, &load(Needs::NOTHING)?),
     }
 }

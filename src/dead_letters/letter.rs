@@ -30,6 +30,7 @@ pub(super) fn letter_of(received: &Received, now: OffsetDateTime) -> NewLetter {
         kind: told.kind,
         lane: received.lane.clone(),
         routing_key: received.routing_key.clone(),
+        fate: death.map(|death| death.fate).unwrap_or_default(),
         killer: death.map_or(Killer::Broker, |death| death.killer),
         reason: death.map_or(Reason::Internal, |death| death.reason),
         // Not every letter is a worker's: a routing key or a stranger's header says what it likes.
@@ -75,6 +76,7 @@ mod tests {
     use super::*;
     use crate::broker::{Carried, Death};
     use crate::model::ledger::Turn;
+    use crate::model::letter::Fate;
 
     const NOW: OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
     const BEFORE: OffsetDateTime = datetime!(2026-11-22 19:00 UTC);
@@ -96,7 +98,13 @@ mod tests {
     }
 
     fn death(reason: Reason, detail: &str) -> Death {
-        Death { reason, detail: Some(detail.into()), died_at: Some(BEFORE), killer: Killer::Worker }
+        Death {
+            reason,
+            detail: Some(detail.into()),
+            died_at: Some(BEFORE),
+            killer: Killer::Worker,
+            fate: Fate::Parked,
+        }
     }
 
     #[test]
@@ -108,6 +116,7 @@ mod tests {
             (letter.reason, letter.killer, letter.died_at),
             (Reason::MessageRefused, Killer::Worker, BEFORE)
         );
+        assert_eq!(letter.fate, Fate::Parked);
         assert_eq!(letter.detail.as_deref(), Some("550 5.7.1 <a…@customer.example> has had enough"));
         assert_eq!((letter.attempts, letter.turn, letter.recipients), (2, Turn(3), Some(vec![1])));
         assert_eq!(letter.key.map(|key| (key.organization, key.id)), Some((None, uuid::Uuid::nil())));

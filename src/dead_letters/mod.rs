@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 
 use crate::model::failure::Reason;
 use crate::model::letter::Owner;
+use crate::store::retrying;
 
 mod archivist;
 pub mod discard;
 mod letter;
 pub mod replay;
-mod retrying;
 
 pub use archivist::{Archivist, OnLoss, PREFETCH};
 

@@ -146,7 +146,7 @@ impl Worker {
             Stage::Reported(claimed, _, report) => undecided(&claimed, Some(&report)),
             Stage::Concluded(concluded) => concluded.settle.clone(),
         };
-        if matches!(settle.outcome, Settlement::Deferred { .. } | Settlement::Dead { .. }) {
+        if settle.outcome.is_hand_over() {
             self.desk.debts.abandon(&key, settle.turn.next());
         }
         // Stopped meanwhile: the claim dies with this worker.

@@ -13,6 +13,7 @@ use crate::model::event::{Event, JobFacts, RefusedRecipient, What};
 use crate::model::failure::{Reason, Reply};
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, HandOver, JobStatus, Settle, SettleAnswer, Settlement, State};
+use crate::model::letter::Fate;
 use crate::model::policy::RetryLimits;
 use crate::model::schedule::ASIDE_S;
 use crate::model::smtp_settings::{Destination, ORGANIZATION, PLATFORM};
@@ -91,7 +92,7 @@ impl Desk {
     async fn bury(&self, delivery: InHand<'_>, reason: Reason, detail: &str, event: Event) {
         let headers = delivery.headers(self.clock.now());
         let done = async {
-            self.bury_copy(&delivery, reason, detail, headers).await?;
+            self.bury_for(&delivery, self.letter(reason, detail), headers).await?;
             self.announce(&event).await
         };
         match done.await {
@@ -175,7 +176,14 @@ impl Desk {
             } else {
                 let reason = hand_over.reason.unwrap_or(Reason::Internal);
                 let detail = hand_over.detail.as_deref().unwrap_or_default();
-                self.bury_copy(&delivery, reason, detail, headers).await?;
+                let letter = self.letter(reason, detail);
+                if hand_over.state == State::Parked {
+                    let recipients = hand_over.pending.as_deref();
+                    let letter = DeadLetter { fate: Fate::Parked, recipients, ..letter };
+                    self.bury_for(&delivery, letter, headers).await?;
+                    return self.announce(&Event::of_job(now, job, What::Parked { reason })).await;
+                }
+                self.bury_for(&delivery, letter, headers).await?;
                 self.announce(&Event::of_job(now, job, death(reason))).await
             }
         };
@@ -331,13 +339,15 @@ impl Desk {
             }
             Settlement::Dead { reason, detail } => {
                 let headers = next(claimed.turn.next());
-                self.bury_copy(delivery, *reason, detail, headers).await?;
+                self.bury_for(delivery, self.letter(*reason, detail), headers).await?;
                 announce(death(*reason)).await?;
                 Ok(Outcome::Dead)
             }
             Settlement::Parked { reason, detail } => {
                 let headers = next(claimed.turn.next());
-                self.bury_copy(delivery, *reason, detail, headers).await?;
+                let recipients = conclusion.pending.as_deref();
+                let letter = DeadLetter { fate: Fate::Parked, recipients, ..self.letter(*reason, detail) };
+                self.bury_for(delivery, letter, headers).await?;
                 announce(What::Parked { reason: *reason }).await?;
                 Ok(Outcome::Parked)
             }
@@ -358,8 +368,7 @@ impl Desk {
         positions.dedup();
         let reason = refused.first().map_or(Reason::RecipientsRefused, |refused| refused.reason);
         let recipients = Some(positions.as_slice());
-        self.bury_for(delivery, DeadLetter { reason, detail, died_at: self.clock.now(), recipients }, headers)
-            .await
+        self.bury_for(delivery, DeadLetter { recipients, ..self.letter(reason, detail) }, headers).await
     }
 
     /// None of a delivery that was lost meanwhile: it comes again by itself.
@@ -385,15 +394,9 @@ impl Desk {
         self.owe("event", || self.publisher.event(event)).await
     }
 
-    async fn bury_copy(
-        &self,
-        delivery: &InHand<'_>,
-        reason: Reason,
-        detail: &str,
-        headers: JobHeaders,
-    ) -> Result<(), Stopped> {
-        let death = DeadLetter { reason, detail, died_at: self.clock.now(), recipients: None };
-        self.bury_for(delivery, death, headers).await
+    /// For every recipient, and dead.
+    fn letter<'a>(&self, reason: Reason, detail: &'a str) -> DeadLetter<'a> {
+        DeadLetter { reason, detail, died_at: self.clock.now(), recipients: None, fate: Fate::Dead }
     }
 
     async fn bury_for(

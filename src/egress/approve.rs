@@ -110,7 +110,7 @@ impl From<LookUpError> for EgressError {
 #[derive(Debug)]
 pub struct Egress {
     policy: EgressPolicy,
-    resolver: Resolver,
+    pub(super) resolver: Resolver,
     nameservers_given: bool,
 }
 

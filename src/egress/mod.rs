@@ -9,6 +9,7 @@
 mod approve;
 mod dial;
 mod host;
+mod mail_records;
 mod policy;
 mod resolver;
 

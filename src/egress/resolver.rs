@@ -15,6 +15,7 @@ use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::rr::{Name, RData, RecordType};
 
 use super::host::{self, HostName};
+use crate::model::sender_records::{Answer, MailExchanger};
 
 /// One question to the name servers, and how often it is asked again.
 const QUERY_LIMIT: Duration = Duration::from_secs(2);
@@ -137,6 +138,50 @@ impl Resolver {
         Family::Addresses(Found { addresses, via_internal_name })
     }
 
+    /// The TXT records of a name, each with its strings joined; what is not UTF-8 in them is replaced.
+    pub(super) async fn texts(&self, name: &str) -> Answer<String> {
+        self.records(name, RecordType::TXT, |data| match data {
+            RData::TXT(text) => Some(String::from_utf8_lossy(&text.txt_data.concat()).into_owned()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// The MX records of a name.
+    pub(super) async fn exchangers(&self, name: &str) -> Answer<MailExchanger> {
+        self.records(name, RecordType::MX, |data| match data {
+            RData::MX(mx) => {
+                let host = mx.exchange.to_lowercase().to_ascii().trim_end_matches('.').to_owned();
+                Some(MailExchanger { preference: mx.preference, host })
+            }
+            _ => None,
+        })
+        .await
+    }
+
+    /// Records of one type. What an alias leads to under a name for local use counts as not there.
+    async fn records<T>(
+        &self,
+        name: &str,
+        record_type: RecordType,
+        read: impl Fn(&RData) -> Option<T>,
+    ) -> Answer<T> {
+        let Ok(name) = Name::from_ascii(format!("{name}.")) else {
+            return Answer::Failed("not a domain name".to_owned());
+        };
+        let lookup = match self.dns.lookup(name, record_type).await {
+            Ok(lookup) => lookup,
+            Err(NetError::Dns(DnsError::NoRecordsFound(_))) => return Answer::None,
+            Err(error) => return Answer::Failed(in_words(&error)),
+        };
+        let answers = lookup.answers();
+        if answers.iter().filter_map(|record| alias(&record.data)).any(is_internal) {
+            return Answer::None;
+        }
+        let found: Vec<T> = answers.iter().filter_map(|record| read(&record.data)).collect();
+        if found.is_empty() { Answer::None } else { Answer::Found(found) }
+    }
+
     /// Whether an alias leads to a name for local use. Asked only when there is no address, for otherwise
     /// "not found" and "not public" would tell which internal names exist.
     async fn leads_to_internal_name(&self, mut name: Name) -> bool {
@@ -219,7 +264,7 @@ fn is_internal(name: &Name) -> bool {
     host::is_internal(name.to_lowercase().to_ascii().trim_end_matches('.'))
 }
 
-fn no_answer_within(limit: Duration) -> String {
+pub(super) fn no_answer_within(limit: Duration) -> String {
     format!("no answer within {} s", limit.as_secs())
 }
 

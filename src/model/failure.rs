@@ -231,6 +231,27 @@ impl fmt::Debug for Reply {
     }
 }
 
+/// What is wrong with a server's TLS. A connection that ended during the handshake is [`Fault::Lost`], not this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TlsFault {
+    /// The certificate is for other names than the host's.
+    Name,
+    /// The certificate has run out.
+    Expired,
+    /// The certificate's time has not come.
+    NotYetValid,
+    /// Nobody who is trusted here vouches for the certificate.
+    UnknownIssuer,
+    /// What answered was no TLS.
+    NotTls,
+    /// No version or cipher in common.
+    Version,
+    /// Plaintext behind the answer to STARTTLS, which would be taken for encrypted replies.
+    Injection,
+    /// Anything else.
+    Other,
+}
+
 /// What happened, apart from where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
@@ -258,7 +279,9 @@ pub enum Fault {
     },
     /// The certificate or the handshake.
     Tls {
-        /// What is wrong, in words for the admin.
+        /// What is wrong.
+        kind: TlsFault,
+        /// The same in words for the admin: one bounded line, with the names that the certificate has.
         detail: String,
     },
     /// No TLS on offer although credentials or the settings ask for it.
@@ -295,7 +318,7 @@ impl fmt::Display for Fault {
             Self::PortNotAllowed => f.write_str("the port is not allowed"),
             Self::HostNotFound => f.write_str("the host has no address"),
             Self::DnsFailed { detail } => write!(f, "the host could not be looked up: {detail}"),
-            Self::Tls { detail } => write!(f, "TLS failed: {detail}"),
+            Self::Tls { detail, .. } => write!(f, "TLS failed: {detail}"),
             Self::TlsRequired => {
                 f.write_str("the server offers no TLS and credentials would travel in the clear")
             }

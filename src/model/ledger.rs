@@ -130,6 +130,8 @@ pub struct HandOver {
     pub reason: Option<Reason>,
     /// What the dead letter's detail was.
     pub detail: Option<String>,
+    /// Positions that were still to be sent to; `None`: every recipient.
+    pub pending: Option<Vec<u16>>,
     /// How long the new copy has still to wait.
     pub wait: Duration,
     /// Attempts made.
@@ -300,6 +302,13 @@ pub enum Settlement {
     },
     /// Nothing was tried: the claim is given back, the turn stays, and the same copy may be claimed at once.
     Released,
+}
+
+impl Settlement {
+    /// Whether a copy of a higher turn is owed for it.
+    pub fn is_hand_over(&self) -> bool {
+        matches!(self, Self::Deferred { .. } | Self::Dead { .. } | Self::Parked { .. })
+    }
 }
 
 /// Whether a settle took effect.

@@ -91,6 +91,26 @@ impl LetterState {
     }
 }
 
+/// What a letter on its way into the archive tells of its message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fate {
+    /// It died.
+    #[default]
+    Dead,
+    /// It waits for its organization's configuration. Only a worker says so.
+    Parked,
+}
+
+impl Fate {
+    /// The letter's state in the archive.
+    pub fn state(self) -> LetterState {
+        match self {
+            Self::Dead => LetterState::Dead,
+            Self::Parked => LetterState::Parked,
+        }
+    }
+}
+
 /// Who says that a message is dead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Killer {
@@ -145,6 +165,8 @@ pub struct NewLetter {
     pub lane: Option<String>,
     /// As published.
     pub routing_key: String,
+    /// What it tells of the message.
+    pub fate: Fate,
     /// Who killed it.
     pub killer: Killer,
     /// Why.

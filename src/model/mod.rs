@@ -17,5 +17,6 @@ pub mod policy;
 pub mod replay;
 pub mod schedule;
 pub mod schema;
+pub mod sender_records;
 pub mod smtp_settings;
 pub mod text;

@@ -4,6 +4,7 @@ use time::macros::datetime;
 
 use super::*;
 use crate::model::cancelling;
+use crate::model::failure::TlsFault;
 use crate::model::job::JobKey;
 use crate::model::ledger::{Incarnation, Orphan, Turn};
 
@@ -104,6 +105,21 @@ fn what_providers_say_means_what_they_mean() {
         ("SES, day's quota", FinalDot, "454 Throttling failure: Daily message quota exceeded.", quota()),
         ("SES, temporary login trouble", Auth, "454 4.7.0 Temporary authentication failure", throttled()),
         (
+            "Postfix, no answer from Dovecot",
+            Auth,
+            "454 4.7.0 Temporary authentication failure: Connection lost to authentication server",
+            throttled(),
+        ),
+        (
+            "Exim, no user database",
+            Auth,
+            "435 Unable to authenticate at present",
+            retry_for(Reason::ServerError),
+        ),
+        ("any, busy at the login", Auth, "421 4.7.0 closing", throttled()),
+        ("any, password transition", Auth, "432 4.7.12 A password transition is needed", throttled()),
+        ("any, login for now", Auth, "451 4.3.0 try later", retry_for(Reason::ServerError)),
+        (
             "Postfix, foreign sender",
             Mail,
             "553 5.7.1 <a@b.c>: Sender address rejected: not owned by user x",
@@ -179,7 +195,7 @@ fn a_configurations_own_faults_are_the_accounts() {
         (Fault::HostNotPublic, Reason::HostNotPublic),
         (Fault::PortNotAllowed, Reason::PortNotAllowed),
         (Fault::HostNotFound, Reason::HostNotFound),
-        (Fault::Tls { detail: "expired".into() }, Reason::TlsFailed),
+        (Fault::Tls { kind: TlsFault::Expired, detail: "expired".into() }, Reason::TlsFailed),
         (Fault::TlsRequired, Reason::TlsRequired),
         (Fault::NoAuthMechanism { offered: "XOAUTH2".into() }, Reason::AuthFailed),
     ] {

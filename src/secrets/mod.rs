@@ -6,4 +6,4 @@ mod key_ring;
 mod sealed;
 
 pub use key_ring::{KeyError, KeyRing};
-pub use sealed::{Context, Field, LetterField, OpenError};
+pub use sealed::{Context, Field, LetterField, OpenError, ResealError};

@@ -7,7 +7,7 @@
 use aes_gcm::aead::array::Array;
 use aes_gcm::aead::{AeadInOut, Generate};
 use aes_gcm::{Nonce, Tag};
-use secrecy::zeroize::Zeroize;
+use secrecy::zeroize::{Zeroize, Zeroizing};
 use secrecy::{ExposeSecret, SecretString};
 use uuid::Uuid;
 
@@ -94,6 +94,17 @@ pub enum OpenError {
     Format,
 }
 
+/// Why a value was not sealed anew.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResealError {
+    /// It does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// What was sealed anew did not open as what it was: a fault of this machine's.
+    #[error("could not be sealed so that it opens again: this machine's memory may be at fault")]
+    Unverified,
+}
+
 struct Parts<'a> {
     key_id: &'a str,
     nonce: [u8; NONCE_BYTES],
@@ -156,6 +167,24 @@ impl KeyRing {
             )
             .map_err(|_| OpenError::Tampered)?;
         Ok(buffer)
+    }
+
+    /// The same value under the first key, opened once more and compared; `None` where the first key sealed it already,
+    /// which is told by its header alone.
+    ///
+    /// # Errors
+    /// [`ResealError`]
+    pub fn reseal(&self, context: Context<'_>, sealed: &[u8]) -> Result<Option<Vec<u8>>, ResealError> {
+        let parts = Parts::split(sealed).ok_or(OpenError::Format)?;
+        if parts.key_id == self.sealing_id() {
+            return Ok(None);
+        }
+        let plaintext = Zeroizing::new(self.open_bytes(context, sealed)?);
+        let anew = self.seal_bytes(context, &plaintext);
+        match self.open_bytes(context, &anew).map(Zeroizing::new) {
+            Ok(again) if *again == *plaintext => Ok(Some(anew)),
+            Ok(_) | Err(_) => Err(ResealError::Unverified),
+        }
     }
 }
 
@@ -285,6 +314,24 @@ mod tests {
         assert_eq!(after.open(password(&acme), &sealed).unwrap().expose_secret(), SECRET);
         let missing = before.open(password(&acme), &after.seal(password(&acme), &SECRET.into())).unwrap_err();
         assert_eq!(missing, OpenError::UnknownKey { id: "new".into() });
+    }
+
+    #[test]
+    fn a_value_is_sealed_anew_under_the_first_key_once_and_only_where_it_opens() {
+        let acme = organization("acme");
+        let [old, new] = ["old", "new"].map(|id| KeyRing::generate(id).unwrap());
+        let before = KeyRing::parse(std::slice::from_ref(&old)).unwrap();
+        let both = KeyRing::parse(&[new.clone(), old]).unwrap();
+        let after = KeyRing::parse(&[new]).unwrap();
+        let sealed = before.seal(password(&acme), &SECRET.into());
+        let anew = both.reseal(password(&acme), &sealed).unwrap().expect("it was under the older key");
+        assert_eq!(after.open(password(&acme), &anew).unwrap().expose_secret(), SECRET);
+        assert_eq!(both.reseal(password(&acme), &anew), Ok(None));
+        let missing = ResealError::Open(OpenError::UnknownKey { id: "old".into() });
+        assert_eq!(after.reseal(password(&acme), &sealed), Err(missing));
+        let elsewhere = Context::Credential { organization: &acme, field: Field::Username };
+        assert_eq!(both.reseal(elsewhere, &sealed), Err(OpenError::Tampered.into()));
+        assert_eq!(both.reseal(password(&acme), b"plaintext"), Err(OpenError::Format.into()));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio_rustls::TlsConnector;
 use super::reply::{RawReply, dial_fault, egress_fault, protocol};
 use super::session::{Session, SessionFacts, drive};
 use super::stream::{Channel, Deadlines, Io, SharedChannel};
-use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault};
+use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault, no_certificate_possible};
 use crate::egress::{ApprovedAddr, Egress, OperatorsHost, ServerHost, dial};
 use crate::model::failure::{Failure, Fault, Phase, Reply};
 use crate::model::policy;
@@ -324,8 +324,9 @@ impl<'a> Opening<'a> {
         self.enter(Phase::Tls);
         let name = match &self.host {
             ServerHost::Ip(ip) => ServerName::from(*ip),
-            ServerHost::Name(name) => ServerName::try_from(name.as_str().to_owned())
-                .map_err(|_| Fault::Tls { detail: "no certificate can be for this host name".to_owned() })?,
+            ServerHost::Name(name) => {
+                ServerName::try_from(name.as_str().to_owned()).map_err(|_| no_certificate_possible())?
+            }
         };
         let connector = TlsConnector::from(self.connector.client_config(self.destination));
         let limit = self.connector.options.deadlines.connect;

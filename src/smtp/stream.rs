@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
 
 use super::reply::{Inbox, RawReply, protocol};
-use crate::model::failure::Fault;
+use crate::model::failure::{Fault, TlsFault};
 
 /// Replies that may wait while we still write: enough for a thousand recipients in one pipelined envelope.
 const INBOX_MAX: usize = 512 << 10;
@@ -103,7 +103,7 @@ impl Channel {
             Io::Plain(_) => {
                 let detail = "the server sent plaintext behind its answer to STARTTLS (response injection): someone \
                               may be tampering with the connection";
-                Err(Fault::Tls { detail: detail.to_owned() })
+                Err(Fault::Tls { kind: TlsFault::Injection, detail: detail.to_owned() })
             }
             Io::Tls(_) => Err(protocol("TLS is already in use")),
         }

@@ -15,11 +15,15 @@ use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signat
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, InvalidMessage, OtherError,
+    RootCertStore, SignatureScheme,
+};
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::model::failure::Fault;
+use crate::model::address::mask_addresses;
+use crate::model::failure::{Fault, TlsFault};
 use crate::model::text;
 
 /// One destination is one server: its latest tickets are enough.
@@ -163,18 +167,14 @@ impl ServerCertVerifier for Verifier {
             }
             None => Err(CertificateError::UnknownIssuer.into()),
         };
-        match by_chain {
+        let verified = match by_chain {
             Err(_) if self.listed.contains(end_entity.as_ref()) => {
-                verify_listed(end_entity, server_name, now)?;
-                Ok(ServerCertVerified::assertion())
+                verify_listed(end_entity, server_name, now).map(|()| ServerCertVerified::assertion())
             }
-            Err(rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext { .. })) => {
-                let names =
-                    X509Certificate::from_der(end_entity).map(|(_, parsed)| alternative_names(&parsed));
-                Err(not_valid_for(server_name, names.unwrap_or_default()).into())
-            }
-            other => other,
-        }
+            Err(rustls::Error::InvalidCertificate(error)) => Err(error),
+            other => return other,
+        };
+        verified.map_err(|why| Refused::new(why, end_entity).into())
     }
 
     fn verify_tls12_signature(
@@ -198,6 +198,54 @@ impl ServerCertVerifier for Verifier {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
+}
+
+/// A certificate that was not accepted, with what it says of itself: nobody can ask for it once the handshake failed.
+#[derive(Debug)]
+struct Refused {
+    why: CertificateError,
+    /// As shown: one bounded line each.
+    issuer: String,
+    names: String,
+    is_self_signed: bool,
+}
+
+impl Refused {
+    fn new(why: CertificateError, certificate: &CertificateDer<'_>) -> Self {
+        let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
+            return Self { why, issuer: String::new(), names: String::new(), is_self_signed: false };
+        };
+        let mut names = alternative_names(&parsed);
+        if names.is_empty() {
+            names = common_names(&parsed);
+        }
+        let is_self_signed = parsed.issuer().as_raw() == parsed.subject().as_raw();
+        Self {
+            why,
+            issuer: shown(&parsed.issuer().to_string()),
+            names: shown(&names.join(", ")),
+            is_self_signed,
+        }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.why.fmt(f)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl From<Refused> for rustls::Error {
+    fn from(refused: Refused) -> Self {
+        CertificateError::Other(OtherError(Arc::new(refused))).into()
+    }
+}
+
+/// Text out of a certificate, made fit to show.
+fn shown(text: &str) -> String {
+    text::bounded(&mask_addresses(&text::single_line(text)), SHOWN_NAME_MAX)
 }
 
 /// The operator vouches for this very certificate: its dates and its name remain to be checked.
@@ -278,8 +326,13 @@ pub(super) fn facts(connection: &rustls::ClientConnection) -> Option<TlsFacts> {
         _ => return None,
     };
     let (_, certificate) = X509Certificate::from_der(connection.peer_certificates()?.first()?).ok()?;
-    let issuer = text::bounded(&text::single_line(&certificate.issuer().to_string()), SHOWN_NAME_MAX);
+    let issuer = shown(&certificate.issuer().to_string());
     Some(TlsFacts { version, issuer, expires_at: certificate.validity().not_after.to_datetime() })
+}
+
+/// A host name that is no DNS name to X.509, one with an underscore say.
+pub(super) fn no_certificate_possible() -> Fault {
+    Fault::Tls { kind: TlsFault::Name, detail: "no certificate can be for this host name".to_owned() }
 }
 
 /// Why a handshake failed: a fault of TLS in words for the admin, or a lost connection.
@@ -287,43 +340,75 @@ pub(super) fn handshake_fault(error: &io::Error, host: &str) -> Fault {
     let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
         return Fault::Lost;
     };
-    let detail = match error {
-        rustls::Error::InvalidCertificate(error) => certificate_words(error, host),
-        rustls::Error::InvalidMessage(_) => {
-            "the server did not answer in TLS: is this the port for another TLS mode?".to_owned()
+    let (kind, detail) = match error {
+        rustls::Error::InvalidCertificate(error) => certificate_fault(error, host),
+        // The first byte of any text is no type of TLS record.
+        rustls::Error::InvalidMessage(
+            InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
+        ) => {
+            let words = "the server did not answer in TLS: is this the port for another TLS mode?";
+            (TlsFault::NotTls, words.to_owned())
         }
-        rustls::Error::AlertReceived(alert) => {
-            format!("the server ended the handshake ({alert:?}); TLS 1.2 or newer is needed")
-        }
+        rustls::Error::AlertReceived(alert) => alert_fault(*alert),
         rustls::Error::PeerIncompatible(why) => {
-            format!("the server's TLS is too old or too unusual ({why:?}); TLS 1.2 or newer is needed")
+            let words = "the server's TLS is too old or too unusual";
+            (TlsFault::Version, format!("{words} ({why:?}); TLS 1.2 or newer is needed"))
         }
-        other => text::bounded(&text::single_line(&other.to_string()), 2 * SHOWN_NAME_MAX),
+        other => (TlsFault::Other, shown(&format!("the handshake failed: {other}"))),
     };
-    Fault::Tls { detail }
+    Fault::Tls { kind, detail }
 }
 
-fn certificate_words(error: &CertificateError, host: &str) -> String {
-    match error {
+fn alert_fault(alert: AlertDescription) -> (TlsFault, String) {
+    match alert {
+        AlertDescription::HandshakeFailure
+        | AlertDescription::ProtocolVersion
+        | AlertDescription::InsufficientSecurity => {
+            let words = format!("the server ended the handshake ({alert:?}); TLS 1.2 or newer is needed");
+            (TlsFault::Version, words)
+        }
+        other => (TlsFault::Other, format!("the server ended the handshake ({other:?})")),
+    }
+}
+
+fn certificate_fault(error: &CertificateError, host: &str) -> (TlsFault, String) {
+    let refused = match error {
+        CertificateError::Other(OtherError(inner)) => inner.downcast_ref::<Refused>(),
+        _ => None,
+    };
+    let Some(refused) = refused else {
+        return (TlsFault::Other, shown(&format!("the server's certificate cannot be accepted: {error}")));
+    };
+    let names = &refused.names;
+    let for_names = if names.is_empty() { "for no host".to_owned() } else { format!("for {names}") };
+    match &refused.why {
         CertificateError::ExpiredContext { not_after, .. } => {
-            format!("the server's certificate expired on {}", day(*not_after))
+            let expired = format!("the server's certificate, {for_names}, expired on {}", day(*not_after));
+            (TlsFault::Expired, expired)
         }
         CertificateError::NotValidYetContext { not_before, .. } => {
-            format!("the server's certificate is not valid before {}", day(*not_before))
+            let begins = day(*not_before);
+            let early = format!("the server's certificate, {for_names}, is not valid before {begins}");
+            (TlsFault::NotYetValid, early)
         }
-        CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => {
-            format!("the server's certificate names no host, so it is not one for {host}")
+        CertificateError::NotValidForNameContext { .. } => {
+            (TlsFault::Name, format!("the server's certificate is {for_names}, not for {host}"))
         }
-        CertificateError::NotValidForNameContext { presented, .. } => {
-            let names = text::bounded(&text::single_line(&presented.join(", ")), SHOWN_NAME_MAX);
-            format!("the server's certificate is for {names}, not for {host}")
+        CertificateError::UnknownIssuer | CertificateError::Other(_) if refused.is_self_signed => {
+            let words = format!("the server's certificate, {for_names}, is self-signed and not trusted here");
+            (TlsFault::UnknownIssuer, words)
         }
-        CertificateError::UnknownIssuer | CertificateError::Other(_) => {
-            "the server's certificate does not come from an authority that is trusted here; a private authority, or a \
-             self-signed certificate, has to be listed in smtp.extra_ca_files"
-                .to_owned()
+        CertificateError::UnknownIssuer => {
+            let words = format!(
+                "the server's certificate, {for_names}, does not come from an authority that is trusted here, but from {}",
+                refused.issuer
+            );
+            (TlsFault::UnknownIssuer, words)
         }
-        other => format!("the server's certificate cannot be accepted: {other}"),
+        other => {
+            let words = format!("the server's certificate, {for_names}, cannot be accepted: {other}");
+            (TlsFault::Other, text::bounded(&text::single_line(&words), 2 * SHOWN_NAME_MAX))
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod dead_letters;
 mod features;
 mod incarnation;
 mod ledger;
+pub(crate) mod retrying;
 mod sealed_keys;
 mod smtp_configs;
 mod test_times;
@@ -35,7 +36,9 @@ pub use dead_letters::{
 };
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
-pub use sealed_keys::SealedReport;
+pub use sealed_keys::{
+    KeyUsage, Resealed, Resealer, SealedReport, SealedRows, SealedTable, Stale, StalePage, Unsealed,
+};
 pub use smtp_configs::{
     DueProbe, Failing, LastTest, NewSmtpConfig, OrganizationSettings, RouteFacts, SmtpConfig,
     SmtpConfigPatch, SmtpConfigs, StoredAccount, Trouble, Unreadable,
@@ -49,6 +52,8 @@ pub const OLDEST_SERVER: u32 = 13;
 
 /// Longest time for one statement; a host that vanished would otherwise hold its caller for hours.
 const STATEMENT_BOUND: Duration = Duration::from_secs(15);
+/// The slowest way to the database that large values may take, in bytes a second.
+const SLOWEST: u64 = 1 << 20;
 /// Longest wait for a connection.
 const ACQUIRE_BOUND: Duration = Duration::from_secs(5);
 /// Longest wait for the reason why there was none.
@@ -251,6 +256,11 @@ impl Store {
     }
 }
 
+/// Longest time for a statement that carries so many bytes of letters.
+fn bound_for(bytes: u64) -> Duration {
+    STATEMENT_BOUND + Duration::from_secs(bytes / SLOWEST)
+}
+
 fn silence(_: tokio::time::error::Elapsed) -> StoreError {
     StoreError::Unavailable("no answer in time".into())
 }
@@ -340,12 +350,17 @@ mod tests {
         spawned(|store| async move { store.letters_of(uuid::Uuid::nil(), None).await });
         spawned(|store| async move { store.letter_stats(&LetterFilter::default()).await });
         spawned(|store| async move { store.dead_letter_counts().await });
-        spawned(|store| async move { store.letter_keys().await });
         spawned(|store| async move { store.forget_letters(STATEMENT_BOUND).await });
         let archive = |store| {
             let keys = crate::secrets::KeyRing::generate("a").expect("an id");
             DeadLetters::new(store, crate::secrets::KeyRing::parse(&[keys]).expect("a key").into())
         };
+        let ring =
+            || crate::secrets::KeyRing::parse(&[crate::secrets::KeyRing::generate("a").expect("an id")]);
+        spawned(move |store| async move { store.key_usage(&ring().expect("a key")).await });
+        let resealer = move |store| Resealer::new(store, ring().expect("a key").into());
+        spawned(move |store| async move { resealer(store).stale(SealedTable::Letters, None).await });
+        spawned(move |store| async move { resealer(store).reseal(SealedTable::Letters, &[]).await });
         spawned(move |store| async move { archive(store).archive(&[]).await });
         spawned(move |store| async move { archive(store).open(LetterId(uuid::Uuid::nil())).await });
         spawned(|store| async move { Sweeper::new(store).sweep(STATEMENT_BOUND).await });

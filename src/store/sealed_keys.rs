@@ -1,9 +1,15 @@
-//! Whether every stored credential opens under the keys at hand.
-//! Guarantee: credentials are opened one at a time and dropped at once; only counts and key ids come out.
+//! What is sealed under which key: whether it opens under those at hand, which rows need which, and the change to another.
+//! Guarantee: values are opened a few at a time and dropped at once; only counts, key ids and names of rows come out.
+
+mod resealing;
+mod usage;
 
 use std::collections::BTreeSet;
 
 use sqlx::Row;
+
+pub use resealing::{Resealed, Resealer, SealedTable, Stale, StalePage, Unsealed};
+pub use usage::{KeyUsage, SealedRows};
 
 use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
@@ -11,6 +17,36 @@ use crate::secrets::{Context, Field, KeyRing, OpenError};
 
 /// Configurations read at once.
 const PAGE: i64 = 500;
+
+/// The id of the key that a column's value is sealed under, NULL where its header is none: format, length of the id, id,
+/// then at least nonce and tag (src/secrets/sealed.rs). Only the first bytes are read of what is stored out of line.
+macro_rules! key_of {
+    ($column:literal) => {
+        concat!(
+            "CASE WHEN get_byte(substr(",
+            $column,
+            ", 1, 2) || '\\x0000', 0) = 1
+        AND octet_length(",
+            $column,
+            ") >= 30 + get_byte(substr(",
+            $column,
+            ", 1, 2) || '\\x0000', 1)
+        AND encode(substr(",
+            $column,
+            ", 3, get_byte(substr(",
+            $column,
+            ", 1, 2) || '\\x0000', 1)), 'escape')
+            ~ '^[A-Za-z0-9._-]{1,32}$'
+    THEN encode(substr(",
+            $column,
+            ", 3, get_byte(substr(",
+            $column,
+            ", 1, 2) || '\\x0000', 1)), 'escape') END"
+        )
+    };
+}
+
+use key_of;
 
 /// What a look at every stored configuration found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

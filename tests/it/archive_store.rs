@@ -8,7 +8,9 @@ use secrecy::SecretString;
 use sendoff::model::failure::Reason;
 use sendoff::model::job::{JobKey, Revision};
 use sendoff::model::ledger::{State, Turn};
-use sendoff::model::letter::{Deed, Killer, Letter, LetterFilter, LetterId, LetterState, NewLetter, Owner};
+use sendoff::model::letter::{
+    Deed, Fate, Killer, Letter, LetterFilter, LetterId, LetterState, NewLetter, Owner,
+};
 use sendoff::model::organization::OrganizationId;
 use sendoff::model::replay::Booking;
 use sendoff::secrets::KeyRing;
@@ -416,8 +418,10 @@ async fn content_that_was_moved_changed_or_sealed_under_another_key_does_not_ope
     archived(&DeadLetters::new(database.store(), keys(OTHER_KEY)), &[newer]).await;
     let emptied = format!("UPDATE dead_letters SET properties_sealed = '' WHERE letter = '{moved}'");
     database.run(emptied).await;
-    let known = database.store().letter_keys().await.expect("the database answers");
-    assert_eq!(known, [("k1".to_owned(), 3), ("k2".to_owned(), 1)].into());
+    let usage = database.store().key_usage(&keys(KEY)).await.expect("the database answers");
+    let known: Vec<_> =
+        usage.keys.iter().map(|(id, rows)| (id.as_str(), rows.letters, rows.values)).collect();
+    assert_eq!((known.as_slice(), usage.damaged.values), (&[("k1", 4, 7), ("k2", 1, 2)][..], 1));
 }
 
 #[tokio::test]
@@ -461,4 +465,40 @@ async fn letters_past_their_retention_are_forgotten_but_for_those_still_to_be_se
     let left = store.letters(&LetterFilter::default(), None, 10).await.unwrap();
     let left: BTreeSet<u128> = left.iter().map(|letter| letter.id().as_u128()).collect();
     assert_eq!(left, BTreeSet::from([3, 4, 5, 6]));
+}
+
+#[tokio::test]
+async fn a_parked_letter_is_one_row_however_often_its_job_is_parked_released_and_dies() {
+    let database = TestDatabase::migrated().await;
+    let archive = archive(&database);
+    let parked = |turn, seconds| NewLetter {
+        fate: Fate::Parked,
+        reason: Reason::AuthFailed,
+        turn: Turn(turn),
+        died_at: NOON + Duration::from_secs(seconds),
+        recipients: Some(vec![1]),
+        ..letter(1)
+    };
+    assert_eq!(archived(&archive, &[parked(1, 0), letter(2)]).await, [Archived::New, Archived::New]);
+    let found = only(&database, &parked(1, 0)).await;
+    assert_eq!((found.state, found.reason, found.deaths), (LetterState::Parked, Reason::AuthFailed, 0));
+    assert_eq!(found.recipients, Some(vec![1]));
+    ledger_row(&database, &letter(1), "parked", 1).await;
+    let again = NewLetter { redelivered: true, ..parked(1, 0) };
+    assert_eq!(archived(&archive, &[again, parked(1, 60)]).await, [Archived::Known, Archived::Known]);
+    // As the release of a parked letter leaves it.
+    database
+        .run(
+            "UPDATE dead_letters SET state = 'replayed', replays = 1, replay_turn = 2, history =
+             '[{\"what\":\"replay\",\"at\":\"2026-11-20T13:00:00Z\",\"by\":\"worker\"}]' WHERE state = 'parked'",
+        )
+        .await;
+    assert_eq!(archived(&archive, &[parked(3, 90)]).await, [Archived::Again]);
+    let found = only(&database, &letter(1)).await;
+    assert_eq!((found.state, found.turn, found.deaths), (LetterState::Parked, Turn(3), 0));
+    assert_eq!(found.history[0].outcome.as_ref().map(|outcome| outcome.state.as_str()), Some("parked"));
+    let dead = NewLetter { fate: Fate::Dead, turn: Turn(5), ..parked(5, 120) };
+    assert_eq!(archived(&archive, &[dead]).await, [Archived::Again]);
+    let found = only(&database, &letter(1)).await;
+    assert_eq!((found.state, found.deaths), (LetterState::Dead, 1));
 }

@@ -15,6 +15,7 @@ use sendoff::broker::{
 use sendoff::model::event::{Event, JobFacts, What};
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::Turn;
+use sendoff::model::letter::Fate;
 use time::macros::datetime;
 use uuid::Uuid;
 
@@ -187,7 +188,13 @@ async fn a_dead_letter_bears_its_reason_and_comes_back_when_released() {
     let publisher = broker.publisher();
     let (mut lane, mut dead) = (broker.lane("reminders").expect("a lane"), broker.dead_letters(10));
     let recipients = Some(&[0, 2][..]);
-    let death = DeadLetter { reason: Reason::AuthFailed, detail: "535\r\nno", died_at: FIRST_AT, recipients };
+    let death = DeadLetter {
+        reason: Reason::AuthFailed,
+        detail: "535\r\nno",
+        died_at: FIRST_AT,
+        recipients,
+        fate: Fate::Parked,
+    };
     let delivery = next(&mut lane).await;
     let handed = delivery.dead_letter(&publisher, "reminders", headers(2, 1), death).await;
     assert_eq!(handed.expect("handed over"), Settled::Done);
@@ -196,8 +203,8 @@ async fn a_dead_letter_bears_its_reason_and_comes_back_when_released() {
     let received = letter.received().clone();
     let died = received.death.clone().expect("a death");
     assert_eq!(
-        (died.reason, died.detail.as_deref(), died.died_at),
-        (Reason::AuthFailed, Some("535 no"), Some(FIRST_AT))
+        (died.reason, died.detail.as_deref(), died.died_at, died.fate),
+        (Reason::AuthFailed, Some("535 no"), Some(FIRST_AT), Fate::Parked)
     );
     assert_eq!((received.lane.as_deref(), received.routing_key.as_str()), (Some("reminders"), "reminder.x"));
     assert_eq!(received.recipients, Some(vec![0, 2]));

@@ -386,7 +386,7 @@ async fn a_body_that_is_no_command_is_an_invalid_request() {
     let twice = br#"{"command":"smtp_config.update","organization_id":"a","params":{"port":25,"port":465}}"#;
     let (response, _) = world.control.handle(twice, CommandMeta::default()).await;
     assert_eq!(response.outcome().unwrap_err().field.as_deref(), Some("port"));
-    assert_eq!(world.error("smtp_config.test", "a", json!({})).await, code("invalid_request", "command"));
+    assert_eq!(world.error("smtp_config.probe", "a", json!({})).await, code("invalid_request", "command"));
     assert_eq!(world.error("smtp_config.get", "a", json!({"id": 1})).await, code("invalid_request", "id"));
     assert_eq!(world.error("smtp_config.update", "a", json!({})).await, code("invalid_request", "params"));
     assert_eq!(

@@ -22,6 +22,7 @@ const MAY_IMPORT: &[(&str, &[&str], &str)] = &[
     ("delivery", DELIVERY, MEETS),
     ("control", MEETING_PLACE, MEETS),
     ("dead_letters", MEETING_PLACE, MEETS),
+    ("rotation", &["shutdown", "store"], "rotation knows the store and the stop"),
     ("parts", MEETING_PLACE, "parts builds the adapters from the settings"),
     ("http", FRONT, "http stands in front of delivery, control and dead_letters"),
     ("cli", FRONT, "cli stands in front of delivery, control and dead_letters"),
@@ -65,6 +66,7 @@ const FRONT: &[&str] = &[
     "control",
     "dead_letters",
     "parts",
+    "rotation",
 ];
 const EVERYTHING_ELSE: &[&str] = &[
     "model",

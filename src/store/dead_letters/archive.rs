@@ -14,14 +14,12 @@ use super::content::SealedContent;
 use crate::model::failure::Reason;
 use crate::model::job::JobKey;
 use crate::model::ledger::Turn;
-use crate::model::letter::{Killer, NewLetter};
+use crate::model::letter::{Fate, Killer, NewLetter};
 use crate::store::ledger::{array_literal, organization_text, stored_count, without_nul};
-use crate::store::{STATEMENT_BOUND, StoreError};
+use crate::store::{StoreError, bound_for};
 
 /// Sealed bytes in one statement, unless a single letter is larger: the driver's message may be of 1 GiB.
 const STATEMENT_BYTES: usize = 8 << 20;
-/// The slowest way to the database that a large batch may take, in bytes a second.
-const SLOWEST: u64 = 1 << 20;
 /// Longest kind that there is (the contract's); what a body that is no job calls by that name may be of any length, and an
 /// index takes no key above 2,700 bytes.
 const KIND_MAX: usize = 64;
@@ -31,7 +29,7 @@ const KIND_MAX: usize = 64;
 pub enum Archived {
     /// It is the first of its message.
     New,
-    /// Its message died once more: its row is `dead` again.
+    /// Its message died, or was parked, once more: its row is `dead` or `parked` again.
     Again,
     /// The archive knows this death, or a later one. Nothing has changed.
     Known,
@@ -41,15 +39,15 @@ pub enum Archived {
 const INSERT: &str = "
 INSERT INTO dead_letters (letter, job_id, organization_id, kind, lane, routing_key, state, reason, detail, attempts,
     first_at, died_at, expires_at, group_name, sequence, turn, recipients, body_hash, bytes, properties_sealed,
-    body_sealed)
-SELECT letter, job_id, organization_id, kind, lane, routing_key, 'dead', reason, detail, attempts,
+    body_sealed, deaths)
+SELECT letter, job_id, organization_id, kind, lane, routing_key, state, reason, detail, attempts,
     first_at, died_at, expires_at, group_name, sequence, turn, recipients::int[], body_hash, bytes, properties_sealed,
-    body_sealed
+    body_sealed, CASE state WHEN 'parked' THEN 0 ELSE 1 END
 FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::int[],
         $10::timestamptz[], $11::timestamptz[], $12::timestamptz[], $13::text[], $14::bigint[], $15::int[], $16::text[],
-        $17::bytea[], $18::int[], $19::bytea[], $20::bytea[])
+        $17::bytea[], $18::int[], $19::bytea[], $20::bytea[], $21::text[])
     AS a (letter, job_id, organization_id, kind, lane, routing_key, reason, detail, attempts, first_at, died_at,
-        expires_at, group_name, sequence, turn, recipients, body_hash, bytes, properties_sealed, body_sealed)
+        expires_at, group_name, sequence, turn, recipients, body_hash, bytes, properties_sealed, body_sealed, state)
 ON CONFLICT (letter) DO NOTHING
 RETURNING letter";
 
@@ -68,10 +66,10 @@ SELECT letter, turn, died_at, recipients IS NULL AS for_all, EXISTS (
 ) AS in_ledger
 FROM dead_letters AS d WHERE letter = ANY ($1)";
 
-/// `first_reason` is of the death that ended the last replay, the rest of the newest one.
+/// `first_reason` and `first_state` are of the death that ended the last replay, the rest of the newest one.
 const DIE_AGAIN: &str = "
 UPDATE dead_letters AS d SET
-    state = 'dead',
+    state = a.state,
     reason = a.reason,
     detail = a.detail,
     attempts = a.attempts,
@@ -85,12 +83,13 @@ UPDATE dead_letters AS d SET
     history = CASE
         WHEN d.history -> -1 ->> 'what' = 'replay' AND d.history -> -1 -> 'outcome' IS NULL
         THEN jsonb_set(d.history, '{-1,outcome}',
-            jsonb_build_object('state', 'dead', 'reason', a.first_reason, 'at', now()))
+            jsonb_build_object('state', a.first_state, 'reason', a.first_reason, 'at', now()))
         ELSE d.history
     END
 FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int[], $5::timestamptz[], $6::timestamptz[], $7::int[], $8::text[],
-        $9::text[], $10::int[], $11::text[])
-    AS a (letter, reason, detail, attempts, first_at, died_at, turn, recipients, lane, deaths, first_reason)
+        $9::text[], $10::int[], $11::text[], $12::text[], $13::text[])
+    AS a (letter, reason, detail, attempts, first_at, died_at, turn, recipients, lane, deaths, first_reason, first_state,
+        state)
 WHERE d.letter = a.letter";
 
 /// For the broker's kills: nobody has told the ledger that the copy it waits for is dead. The turn stays, for the letter
@@ -122,7 +121,7 @@ impl DeadLetters {
         let firsts: Vec<&NewLetter> = copies.values().map(|copies| &letters[copies[0]]).collect();
         let sealed = self.seal(firsts.iter().copied()).await?;
         let bytes: usize = sealed.iter().map(size).sum();
-        let limit = STATEMENT_BOUND + Duration::from_secs(bytes as u64 / SLOWEST);
+        let limit = bound_for(bytes as u64);
         self.store
             .on_session_within(limit, async |session| {
                 let mut transaction = session.begin().await?;
@@ -198,6 +197,7 @@ async fn insert_slice(
         .bind(each().map(|l| i32::try_from(l.body.len()).unwrap_or(i32::MAX)).collect::<Vec<_>>())
         .bind(sealed.iter().map(|s| &s.properties[..]).collect::<Vec<_>>())
         .bind(sealed.iter().map(|s| &s.body[..]).collect::<Vec<_>>())
+        .bind(each().map(|l| l.fate.state().as_str()).collect::<Vec<_>>())
         .fetch_all(session)
         .await
 }
@@ -269,7 +269,7 @@ async fn die_again(
             let change =
                 change.get_or_insert(Change { letter: id, first: letter, newest: letter, deaths: 0 });
             change.newest = letter;
-            change.deaths += 1;
+            change.deaths += u32::from(letter.fate == Fate::Dead);
         }
         changes.extend(change);
     }
@@ -318,6 +318,8 @@ async fn write(session: &mut PgConnection, changes: &[Change<'_>]) -> Result<(),
         .bind(each().map(|l| l.lane.as_deref().map(clean)).collect::<Vec<_>>())
         .bind(changes.iter().map(|change| stored_count(change.deaths)).collect::<Vec<_>>())
         .bind(changes.iter().map(|change| change.first.reason.as_str()).collect::<Vec<_>>())
+        .bind(changes.iter().map(|change| change.first.fate.state().as_str()).collect::<Vec<_>>())
+        .bind(each().map(|l| l.fate.state().as_str()).collect::<Vec<_>>())
         .execute(session)
         .await
         .map(drop)

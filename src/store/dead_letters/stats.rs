@@ -1,21 +1,15 @@
 //! Letters counted.
 //! Guarantee: the counts of a filter add up to the letters that a listing by it shows.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
 use serde::Serialize;
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
 
 use super::search::{bind_filter, filtered};
 use super::{read_owner, read_reason};
 use crate::model::failure::Reason;
 use crate::model::letter::{LetterFilter, Owner};
 use crate::store::{Store, StoreError};
-
-/// Longest look at every letter.
-const LOOK_BOUND: Duration = Duration::from_secs(60);
 
 /// How long ago letters died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -79,12 +73,6 @@ const STATS: &str = concat!(
 const WAITING: &str =
     "SELECT reason, count(*) AS count FROM dead_letters WHERE state = 'dead' GROUP BY reason ORDER BY reason";
 
-/// A sealed value begins with its format, the length of its key's id, and that id (src/secrets/sealed.rs). Of damaged ones any
-/// number of ids may seem to be there.
-const KEYS: &str = "
-SELECT encode(substr(properties_sealed, 3, get_byte(properties_sealed, 1)), 'escape') AS key, count(*) AS count
-FROM dead_letters WHERE length(properties_sealed) > 2 GROUP BY key ORDER BY count DESC LIMIT 100";
-
 impl Store {
     /// The letters that a filter means, counted by reason, organization and age; only what is there, ordered by all three.
     /// Those that this program does not understand are left out, as they are from a listing.
@@ -107,17 +95,6 @@ impl Store {
         let rows = self.on_session(async |session| sqlx::query(WAITING).fetch_all(session).await).await?;
         let counts = rows.iter().map(|row| Ok((read_reason(row)?, number(row)?))).filter_map(understood);
         Ok(counts.collect::<Result<_, _>>()?)
-    }
-
-    /// The keys that letters are sealed under, by id, and how many letters each; no letter is opened. Every letter is
-    /// looked at, so it is for a check, not for a worker.
-    ///
-    /// # Errors
-    /// When the database did not answer within a minute.
-    pub async fn letter_keys(&self) -> Result<BTreeMap<String, u64>, StoreError> {
-        let asking = async |session: &mut PgConnection| sqlx::query(KEYS).fetch_all(session).await;
-        let rows = self.on_session_within(LOOK_BOUND, asking).await?;
-        rows.iter().map(|row| Ok((row.try_get("key")?, number(row)?))).collect()
     }
 }
 

@@ -86,7 +86,7 @@ LEFT JOIN job_groups AS groups
 /// Why the rest was not granted.
 const LOOK: &str = "
 SELECT j.organization_id, j.id, j.body_hash, j.state, j.turn, j.owner, j.attempts, j.first_at, j.replayed_at,
-    j.updated_at, j.not_before, j.reason, j.detail, j.crashes, now() AS now
+    j.updated_at, j.not_before, j.reason, j.detail, j.pending, j.crashes, now() AS now
 FROM unnest($1::text[], $2::uuid[]) AS a (organization_id, id)
 JOIN jobs AS j ON j.id = a.id AND j.organization_id = a.organization_id";
 
@@ -285,7 +285,6 @@ fn key_of(row: &PgRow) -> Result<RowKey, sqlx::Error> {
 }
 
 fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
-    let pending: Option<Vec<i32>> = row.try_get("pending")?;
     let refused: Option<Json<Vec<RefusedRecipient>>> = row.try_get("refused")?;
     Ok(Claimed {
         owner,
@@ -296,7 +295,7 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         replayed_at: row.try_get("replayed_at")?,
         now: row.try_get("now")?,
         message_id: row.try_get("message_id")?,
-        pending: pending.map(|all| all.into_iter().filter_map(|index| u16::try_from(index).ok()).collect()),
+        pending: positions(row)?,
         refused: refused.map(|Json(refused)| refused).unwrap_or_default(),
         partly_sent: row.try_get("partly_sent")?,
         orphan: row.try_get::<Option<bool>, _>("orphan")?.map(|committing| Orphan { committing }),
@@ -308,6 +307,12 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         config_version: row.try_get("config_version")?,
         config_failing: row.try_get("config_failing")?,
     })
+}
+
+/// Those that are still to be sent to.
+fn positions(row: &PgRow) -> Result<Option<Vec<u16>>, sqlx::Error> {
+    let pending: Option<Vec<i32>> = row.try_get("pending")?;
+    Ok(pending.map(|all| all.into_iter().filter_map(|index| u16::try_from(index).ok()).collect()))
 }
 
 /// A row that was not granted.
@@ -339,6 +344,7 @@ impl Standing {
             state: if taken_up { State::Deferred } else { state },
             reason: row.try_get::<Option<&str>, _>("reason")?.and_then(Reason::from_name),
             detail: row.try_get("detail")?,
+            pending: positions(row)?,
             wait: not_before.map(|not_before| until(now, not_before)).unwrap_or_default(),
             attempts: count(row.try_get("attempts")?),
             first_at: row.try_get("first_at")?,

@@ -121,5 +121,5 @@ async fn an_accepted_test_email_ends_a_configurations_failing() {
     assert_eq!(house.config().await["status"], "failing");
     assert_eq!(send(&house).await["ok"], true);
     assert_eq!(house.config().await["status"], "ok");
-    assert_eq!(house.database.number("SELECT probes FROM smtp_configs").await, 0);
+    assert_eq!(house.database.number("SELECT probes::bigint FROM smtp_configs").await, 0);
 }

@@ -1,6 +1,7 @@
 //! TLS: what is trusted, what is not and with which words, and that nothing falls back to plaintext.
 
-use sendoff::model::failure::Fault;
+use sendoff::model::advice::{self, ServerFacts};
+use sendoff::model::failure::{Fault, TlsFault};
 
 use super::*;
 use crate::support::certs::{Authority, ServerCertificate, pem_file};
@@ -35,9 +36,9 @@ async fn open_trusting(certificate: &ServerCertificate, host: &str, pem: &str) -
 }
 
 #[track_caller]
-fn tls_words(opened: Result<Session, Failure>) -> String {
+fn tls_fault(opened: Result<Session, Failure>) -> (TlsFault, String) {
     match opened.err() {
-        Some(Failure { phase: Phase::Tls, fault: Fault::Tls { detail }, .. }) => detail,
+        Some(Failure { phase: Phase::Tls, fault: Fault::Tls { kind, detail }, .. }) => (kind, detail),
         Some(other) => panic!("another failure: {other}"),
         None => panic!("the certificate was accepted"),
     }
@@ -115,15 +116,17 @@ async fn a_listed_self_signed_certificate_is_trusted_by_its_names() {
 async fn a_self_signed_certificate_that_is_not_listed_is_refused() {
     let certificate = ServerCertificate::self_signed("127.0.0.1", &["127.0.0.1"]);
     let other = ServerCertificate::self_signed("127.0.0.1", &["127.0.0.1"]);
-    let words = tls_words(open_trusting(&certificate, "127.0.0.1", other.pem()).await);
-    assert!(words.contains("has to be listed in smtp.extra_ca_files"), "{words}");
+    let (kind, words) = tls_fault(open_trusting(&certificate, "127.0.0.1", other.pem()).await);
+    assert_eq!(kind, TlsFault::UnknownIssuer);
+    assert_eq!(words, "the server's certificate, for 127.0.0.1, is self-signed and not trusted here");
 }
 
 #[tokio::test]
 async fn a_listed_self_signed_certificate_for_another_name_is_refused() {
     for (common_name, names) in [("mail.example.org", &[][..]), ("127.0.0.1", &["mail.example.org"][..])] {
         let certificate = ServerCertificate::self_signed(common_name, names);
-        let words = tls_words(open_trusting(&certificate, "127.0.0.1", certificate.pem()).await);
+        let (kind, words) = tls_fault(open_trusting(&certificate, "127.0.0.1", certificate.pem()).await);
+        assert_eq!(kind, TlsFault::Name);
         assert_eq!(words, "the server's certificate is for mail.example.org, not for 127.0.0.1");
     }
 }
@@ -131,33 +134,61 @@ async fn a_listed_self_signed_certificate_for_another_name_is_refused() {
 #[tokio::test]
 async fn a_listed_self_signed_certificate_that_has_run_out_is_refused() {
     let certificate = ServerCertificate::self_signed_expired("127.0.0.1", &[]);
-    let words = tls_words(open_trusting(&certificate, "127.0.0.1", certificate.pem()).await);
-    assert_eq!(words, "the server's certificate expired on 2020-01-01");
+    let (kind, words) = tls_fault(open_trusting(&certificate, "127.0.0.1", certificate.pem()).await);
+    assert_eq!(kind, TlsFault::Expired);
+    assert_eq!(words, "the server's certificate, for 127.0.0.1, expired on 2020-01-01");
 }
 
 #[tokio::test]
 async fn a_certificate_of_the_listed_authority_is_refused_with_the_reason_in_words() {
     let authority = Authority::new("Test CA");
-    let wrong_name = "the server's certificate is for a.example, b.example, not for 127.0.0.1";
-    for (certificate, expected) in [
-        (authority.issue(&["a.example", "b.example"]), wrong_name),
-        (authority.issue_expired(&["127.0.0.1"]), "the server's certificate expired on 2020-01-01"),
+    let names = &["127.0.0.1", "mail.example.org"];
+    for (certificate, kind, expected) in [
         (
-            authority.issue_for_later(&["127.0.0.1"]),
-            "the server's certificate is not valid before 2999-01-01",
+            authority.issue(&["a.example", "b.example"]),
+            TlsFault::Name,
+            "the server's certificate is for a.example, b.example, not for 127.0.0.1",
+        ),
+        (authority.issue(&[]), TlsFault::Name, "the server's certificate is for nobody, not for 127.0.0.1"),
+        (
+            authority.issue_expired(names),
+            TlsFault::Expired,
+            "the server's certificate, for 127.0.0.1, mail.example.org, expired on 2020-01-01",
+        ),
+        (
+            authority.issue_for_later(names),
+            TlsFault::NotYetValid,
+            "the server's certificate, for 127.0.0.1, mail.example.org, is not valid before 2999-01-01",
         ),
     ] {
-        let words = tls_words(open_trusting(&certificate, "127.0.0.1", authority.pem()).await);
-        assert_eq!(words, expected);
+        let opened = open_trusting(&certificate, "127.0.0.1", authority.pem()).await;
+        assert_eq!(tls_fault(opened), (kind, expected.to_owned()));
     }
 }
 
 #[tokio::test]
-async fn a_certificate_of_an_unknown_authority_is_refused() {
+async fn a_certificate_of_an_unknown_authority_is_refused_with_its_issuer_and_its_names() {
     let known = Authority::new("Known CA");
-    let certificate = Authority::new("Unknown CA").issue(&["127.0.0.1"]);
-    let words = tls_words(open_trusting(&certificate, "127.0.0.1", known.pem()).await);
-    assert!(words.contains("not come from an authority that is trusted here"), "{words}");
+    let certificate = Authority::new("Unknown CA").issue(&["127.0.0.1", "mail.example.org"]);
+    let (kind, words) = tls_fault(open_trusting(&certificate, "127.0.0.1", known.pem()).await);
+    assert_eq!(kind, TlsFault::UnknownIssuer);
+    assert_eq!(
+        words,
+        "the server's certificate, for 127.0.0.1, mail.example.org, does not come from an authority that is trusted \
+         here, but from CN=Unknown CA"
+    );
+}
+
+#[tokio::test]
+async fn what_a_certificate_says_of_itself_is_shown_bounded_and_on_one_line() {
+    let name = "x".repeat(60);
+    let names: Vec<String> = (0..100).map(|index| format!("{name}{index}.example")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let known = Authority::new("Known CA");
+    let certificate = Authority::new("ann@acme.example\r\n250 ok\u{202e}").issue(&names);
+    let (_, words) = tls_fault(open_trusting(&certificate, "127.0.0.1", known.pem()).await);
+    assert!(words.len() < 600 && !words.contains(char::is_control), "{words}");
+    assert!(!words.contains("ann@") && !words.contains('\u{202e}'), "{words}");
 }
 
 #[tokio::test]
@@ -191,8 +222,8 @@ async fn credentials_travel_in_the_clear_only_when_the_operator_allows_it() {
 async fn a_failed_handshake_never_falls_back_to_plaintext() {
     let server = starttls_server(&ServerCertificate::self_signed("127.0.0.1", &[])).await;
     let client = Client { allow_plaintext_auth: true, ..Client::default() };
-    let words = tls_words(client.open(&with_login(account(&server))).await);
-    assert!(words.contains("not come from an authority"), "{words}");
+    let (kind, _) = tls_fault(client.open(&with_login(account(&server))).await);
+    assert_eq!(kind, TlsFault::UnknownIssuer);
     assert_eq!((server.connections(), server.seen(|seen| seen.auth_attempts)), (1, 0));
 }
 
@@ -204,7 +235,8 @@ async fn plaintext_behind_the_answer_to_starttls_ends_the_session() {
     let file = pem_file(authority.pem());
     let client = Client { extra_ca_files: vec![file.path().to_owned()], ..Client::default() };
     let failure = client.open(&required(&server)).await.err().expect("a failure");
-    let Fault::Tls { detail } = failure.fault else { panic!("another failure: {failure}") };
+    let Fault::Tls { kind, detail } = failure.fault else { panic!("another failure: {failure}") };
+    assert_eq!(kind, TlsFault::Injection);
     assert!(detail.contains("response injection"), "{detail}");
     assert_eq!(server.seen(|seen| seen.auth_attempts), 0);
 }
@@ -213,8 +245,40 @@ async fn plaintext_behind_the_answer_to_starttls_ends_the_session() {
 async fn a_server_that_speaks_plaintext_where_tls_is_expected_is_told_so() {
     let server = SmtpServer::start(|_| {}).await;
     let account = SmtpAccount { tls: TlsMode::Implicit, ..account(&server) };
-    let words = tls_words(Client::default().open(&account).await);
+    let (kind, words) = tls_fault(Client::default().open(&account).await);
+    assert_eq!(kind, TlsFault::NotTls);
     assert_eq!(words, "the server did not answer in TLS: is this the port for another TLS mode?");
+}
+
+#[tokio::test]
+async fn a_server_whose_tls_has_nothing_in_common_with_ours_is_told_so() {
+    let server = SmtpServer::start(|_| {}).await;
+    // A fatal alert protocol_version (RFC 8446 section 6), as a server of TLS 1.0 sends it.
+    server.rule(Rule::new(Stage::Banner, Action::Reply(vec![21, 3, 1, 0, 2, 2, 70])));
+    let account = SmtpAccount { tls: TlsMode::Implicit, ..account(&server) };
+    let (kind, words) = tls_fault(Client::default().open(&account).await);
+    assert_eq!(kind, TlsFault::Version);
+    assert!(words.contains("TLS 1.2 or newer is needed"), "{words}");
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_during_the_handshake_is_lost_and_no_fault_of_tls() {
+    let server = starttls_server(&ServerCertificate::self_signed("127.0.0.1", &[])).await;
+    server.rule(Rule::new(Stage::Starttls, Action::ReplyThenClose(b"220 2.0.0 go".to_vec())));
+    let failure = Client::default().open(&required(&server)).await.err().expect("a failure");
+    assert_eq!((failure.phase, failure.fault), (Phase::Tls, Fault::Lost));
+}
+
+#[tokio::test]
+async fn a_server_that_waits_for_tls_where_we_wait_for_its_greeting_is_advised_on_with_the_right_port() {
+    let certificate = ServerCertificate::self_signed("127.0.0.1", &[]);
+    let server = SmtpServer::start(|b| b.tls = Tls::Implicit(certificate.server_config())).await;
+    let client = Client { deadlines: IMPATIENT, ..Client::default() };
+    let failure = client.open(&required(&server)).await.err().expect("a failure");
+    assert_eq!((failure.phase, &failure.fault), (Phase::Greeting, &Fault::Timeout));
+    let facts = ServerFacts { host: "127.0.0.1", port: 587, tls: TlsMode::Required };
+    let hint = advice::hint(&failure, facts);
+    assert!(hint.contains("use port 465"), "{hint}");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use std::time::Duration;
 use hickory_server::Server;
 use hickory_server::net::runtime::Time;
 use hickory_server::proto::op::{Header, HeaderCounts, Metadata, ResponseCode};
-use hickory_server::proto::rr::rdata::CNAME;
+use hickory_server::proto::rr::rdata::{CNAME, MX, TXT};
 use hickory_server::proto::rr::{Name, RData, Record, RecordType};
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use hickory_server::zone_handler::MessageResponseBuilder;
@@ -24,6 +24,8 @@ use tokio::net::{TcpListener, UdpSocket};
 const TCP_IDLE_LIMIT: Duration = Duration::from_secs(10);
 const TCP_RESPONSE_BUFFER: usize = 16;
 const MAX_ALIASES: usize = 8;
+const MAIL_TTL_S: u32 = 60;
+const TEXT_STRING_MAX: usize = 100;
 
 /// What the server says to an address question.
 #[derive(Debug, Clone)]
@@ -59,6 +61,42 @@ impl Answer {
 
 fn parse(list: &[&str]) -> Vec<IpAddr> {
     list.iter().map(|text| text.parse().unwrap_or_else(|_| panic!("{text} is no address"))).collect()
+}
+
+/// What the server says to a question about a domain's mail.
+#[derive(Debug, Clone)]
+pub enum MailAnswer {
+    /// TXT records. A text is given in strings of at most 100 bytes, as long ones have to be cut.
+    Texts(Vec<String>),
+    /// MX records: preference and host; `.` for none.
+    Exchangers(Vec<(u16, String)>),
+    /// An alias, with the texts of its target in the same answer.
+    AliasWithTexts(String, Vec<String>),
+    /// SERVFAIL.
+    ServerFailure,
+    /// No answer at all.
+    Silence,
+}
+
+impl MailAnswer {
+    /// TXT records.
+    pub fn texts(texts: &[&str]) -> Self {
+        Self::Texts(texts.iter().map(|text| (*text).to_owned()).collect())
+    }
+
+    /// MX records of one preference.
+    pub fn exchangers(hosts: &[&str]) -> Self {
+        Self::Exchangers(hosts.iter().map(|host| (10, (*host).to_owned())).collect())
+    }
+}
+
+/// The type of a question about a domain's mail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MailQuestion {
+    /// TXT.
+    Text,
+    /// MX.
+    Exchanger,
 }
 
 /// The type of an address question.
@@ -105,6 +143,21 @@ impl DnsServer {
         self.zone.lock().scripts.insert((normal(name), family), Script { answer, ttl_s, given: 0 });
     }
 
+    /// Sets, or replaces, what is said to one type of question about a name's mail. Without, there is no such record.
+    pub fn script_mail(&self, name: &str, question: MailQuestion, answer: MailAnswer) {
+        self.zone.lock().mail.insert((normal(name), mail_record_type(question)), answer);
+    }
+
+    /// A sender's domain with nothing to complain about: one SPF record, a DMARC record, an MX record.
+    pub fn script_senders_domain(&self, domain: &str) {
+        let texts = MailAnswer::texts(&["v=spf1 include:_spf.provider.example -all"]);
+        self.script_mail(domain, MailQuestion::Text, texts);
+        let dmarc = MailAnswer::texts(&["v=DMARC1; p=quarantine"]);
+        self.script_mail(&format!("_dmarc.{domain}"), MailQuestion::Text, dmarc);
+        let exchangers = MailAnswer::exchangers(&[&format!("mx.{domain}")]);
+        self.script_mail(domain, MailQuestion::Exchanger, exchangers);
+    }
+
     /// How many questions there were about a name, of any type.
     pub fn questions(&self, name: &str) -> usize {
         self.zone
@@ -146,12 +199,20 @@ fn record_type(family: Family) -> RecordType {
     }
 }
 
+fn mail_record_type(question: MailQuestion) -> RecordType {
+    match question {
+        MailQuestion::Text => RecordType::TXT,
+        MailQuestion::Exchanger => RecordType::MX,
+    }
+}
+
 #[derive(Clone, Default)]
 struct Zone(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
     scripts: HashMap<(String, Family), Script>,
+    mail: HashMap<(String, RecordType), MailAnswer>,
     questions: HashMap<(String, RecordType), usize>,
 }
 
@@ -181,8 +242,29 @@ impl State {
             RecordType::A => self.reply_with_addresses(name, Family::V4),
             RecordType::AAAA => self.reply_with_addresses(name, Family::V6),
             RecordType::CNAME => self.reply_with_alias(&name),
-            _ => Reply::Records(ResponseCode::NoError, vec![]),
+            _ => self.reply_about_mail(&name, record_type),
         }
+    }
+
+    fn reply_about_mail(&self, name: &str, record_type: RecordType) -> Reply {
+        let records = match self.mail.get(&(name.to_owned(), record_type)) {
+            None => vec![],
+            Some(MailAnswer::Texts(texts)) => text_records(name, texts),
+            Some(MailAnswer::Exchangers(list)) => list
+                .iter()
+                .map(|(preference, host)| {
+                    let mx = MX::new(*preference, absolute(host.trim_end_matches('.')));
+                    Record::from_rdata(absolute(name), MAIL_TTL_S, RData::MX(mx))
+                })
+                .collect(),
+            Some(MailAnswer::AliasWithTexts(target, texts)) => {
+                let alias = alias_record(name, target, MAIL_TTL_S);
+                [vec![alias], text_records(&normal(target), texts)].concat()
+            }
+            Some(MailAnswer::ServerFailure) => return Reply::Records(ResponseCode::ServFail, vec![]),
+            Some(MailAnswer::Silence) => return Reply::Silence,
+        };
+        Reply::Records(ResponseCode::NoError, records)
     }
 
     fn reply_with_alias(&self, name: &str) -> Reply {
@@ -240,6 +322,14 @@ fn absolute(name: &str) -> Name {
 
 fn alias_record(name: &str, target: &str, ttl_s: u32) -> Record {
     Record::from_rdata(absolute(name), ttl_s, RData::CNAME(CNAME(absolute(&normal(target)))))
+}
+
+fn text_records(name: &str, texts: &[String]) -> Vec<Record> {
+    let record = |text: &String| {
+        let strings = text.as_bytes().chunks(TEXT_STRING_MAX).collect();
+        Record::from_rdata(absolute(name), MAIL_TTL_S, RData::TXT(TXT::from_bytes(strings)))
+    };
+    texts.iter().map(record).collect()
 }
 
 fn address_records(name: &str, list: &[IpAddr], family: Family, ttl_s: u32) -> Vec<Record> {

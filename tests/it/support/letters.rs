@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use sendoff::model::failure::Reason;
 use sendoff::model::job::JobKey;
 use sendoff::model::ledger::Turn;
-use sendoff::model::letter::{Killer, Letter, LetterFilter, NewLetter};
+use sendoff::model::letter::{Fate, Killer, Letter, LetterFilter, NewLetter};
 use sendoff::secrets::KeyRing;
 use sendoff::store::{Content, DeadLetters};
 use sha2::{Digest, Sha256};
@@ -54,6 +54,7 @@ pub fn new_letter(key: JobKey, body: Vec<u8>, died_at: OffsetDateTime) -> NewLet
         kind: Some("booking.confirmed".into()),
         lane: Some("notifications".into()),
         routing_key: "notification.booking".into(),
+        fate: Fate::Dead,
         killer: Killer::Worker,
         reason: Reason::MessageRefused,
         detail: Some("the server answered 550".into()),

@@ -6,6 +6,7 @@ pub mod connector;
 pub mod database;
 pub mod dns;
 pub mod letters;
+pub mod providers;
 pub mod proxy;
 pub mod smtp_server;
 pub mod story;

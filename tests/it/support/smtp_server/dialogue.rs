@@ -115,7 +115,8 @@ impl Dialogue {
         if let Some(config) = implicit {
             self.take_up_tls(config).await?;
         }
-        self.pass(Stage::Banner, "", "220 mail.test ESMTP ready").await?;
+        let banner = self.shared.behaviour().banner;
+        self.pass(Stage::Banner, "", banner).await?;
         loop {
             let line = self.line().await?;
             self.command(&line).await?;
@@ -224,11 +225,11 @@ impl Dialogue {
     async fn auth(&mut self, argument: &str) -> Result<(), End> {
         self.shared.note(|seen| seen.auth_attempts += 1);
         let (mechanism, initial) = argument.split_once(' ').unwrap_or((argument, ""));
-        let (offered, login) = {
+        let (offered, login, wrong_login) = {
             let behaviour = self.shared.behaviour();
             let clear = self.tls.is_some() || behaviour.auth_in_clear;
             let offered = clear && behaviour.mechanisms.iter().any(|m| m.eq_ignore_ascii_case(mechanism));
-            (offered, behaviour.login.clone())
+            (offered, behaviour.login.clone(), behaviour.wrong_login)
         };
         if !offered {
             return self.reply("504 5.5.4 no such mechanism");
@@ -252,7 +253,7 @@ impl Dialogue {
         };
         let right = login.is_none_or(|(user, pass)| user == username && pass == password);
         if !right {
-            return self.reply("535 5.7.8 user name or password is wrong");
+            return self.reply(wrong_login);
         }
         self.username = Some(username);
         self.reply("235 2.7.0 welcome")

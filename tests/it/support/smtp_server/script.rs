@@ -147,8 +147,12 @@ impl Rule {
 pub struct Behaviour {
     /// When it speaks TLS.
     pub tls: Tls,
+    /// Its greeting, code included.
+    pub banner: &'static str,
     /// User name and password that it demands; none means mail from anybody.
     pub login: Option<(String, String)>,
+    /// What it says to any other user name or password, code included.
+    pub wrong_login: &'static str,
     /// AUTH mechanisms on offer.
     pub mechanisms: Vec<&'static str>,
     /// Offers AUTH without TLS.
@@ -182,7 +186,9 @@ impl Default for Behaviour {
     fn default() -> Self {
         Self {
             tls: Tls::None,
+            banner: "220 mail.test ESMTP ready",
             login: None,
+            wrong_login: "535 5.7.8 user name or password is wrong",
             mechanisms: vec!["PLAIN", "LOGIN"],
             auth_in_clear: false,
             pipelining: true,

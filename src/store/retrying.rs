@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::store::StoreError;
+use super::StoreError;
 
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// There is no answer.
 #[derive(Debug)]
-pub(super) enum Stopped {
+pub enum Stopped {
     /// The person does not want to wait.
     Asked,
     /// Away until the deadline, or refused.
@@ -20,7 +20,7 @@ pub(super) enum Stopped {
 }
 
 /// Asks until there is an answer, the deadline has passed, or `stop` ends a pause.
-pub(super) async fn until<T>(
+pub async fn until<T>(
     deadline: Instant,
     stop: impl Future<Output = ()>,
     question: impl AsyncFn() -> Result<T, StoreError>,

@@ -32,6 +32,8 @@ use crate::store::{Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, Repl
 const LEASE: &str = "parked letters";
 /// A worker that has died is followed after so long; one step takes less.
 const LEASE_PERIOD: Duration = Duration::from_secs(15);
+/// Between two questions for it, the holder's or another's.
+const LEASE_PAUSE: Duration = Duration::from_secs(3);
 /// Between two steps.
 const STEP: Duration = Duration::from_millis(500);
 /// Between two rounds through everything that is parked.
@@ -72,6 +74,9 @@ pub struct Releaser {
 /// What the holder of the lease remembers from step to step.
 struct Progress {
     began: Instant,
+    /// When the lease is to be asked for again.
+    ask_at: Instant,
+    held: bool,
     ramps: Ramps,
     /// Behind letters that cannot be released, so that they stop nobody else's.
     behind: HashMap<OrganizationId, Place>,
@@ -86,6 +91,8 @@ impl Progress {
         let now = Instant::now();
         Self {
             began: now,
+            ask_at: now,
+            held: false,
             ramps: Ramps::default(),
             behind: HashMap::new(),
             stuck: HashSet::new(),
@@ -123,8 +130,14 @@ impl Releaser {
     }
 
     async fn step(&self, holder: Uuid, progress: &mut Progress) -> Result<(), StoreError> {
-        if !self.store.take_lease(LEASE, holder, LEASE_PERIOD).await? {
-            *progress = Progress::new();
+        if Instant::now() >= progress.ask_at {
+            let held = self.store.take_lease(LEASE, holder, LEASE_PERIOD).await?;
+            if !held {
+                *progress = Progress::new();
+            }
+            (progress.held, progress.ask_at) = (held, Instant::now() + LEASE_PAUSE);
+        }
+        if !progress.held {
             return Ok(());
         }
         self.release(progress).await?;
@@ -189,6 +202,9 @@ impl Releaser {
     }
 
     async fn settle(&self, letters: Vec<Examined>, progress: &mut Progress) -> Result<(), StoreError> {
+        if letters.is_empty() {
+            return Ok(());
+        }
         let now = self.store.database_time().await?;
         let (mut ids, mut cut_off) = (Vec::new(), Vec::new());
         for Examined { letter, ledger, newest_sequence } in letters {

@@ -12,11 +12,13 @@ mod dead_cli;
 mod delivery;
 mod documents;
 mod forgetting;
+mod health;
 mod hostile;
 mod ledger;
 mod losses;
 mod once;
 mod outages;
+mod parking;
 #[cfg(feature = "fault-injection")]
 mod poison;
 mod releasing;

@@ -5,7 +5,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::cli::output::harmless;
-use crate::cli::story::{advice, because, counted, fact, masked, moment};
+use crate::cli::story::{advice, because, counted, fact, masked, moment, parked_next};
 use crate::model::failure::Reason;
 use crate::model::ledger::{JobOutcome, JobStatus, State};
 use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
@@ -32,8 +32,9 @@ pub(in crate::cli) fn letter(
     ledger: Option<&JobStatus>,
     now: OffsetDateTime,
 ) -> Vec<String> {
+    let ended = if letter.state == LetterState::Parked { "was parked" } else { "died" };
     let mut lines = vec![
-        format!("It died at {}, {}.", moment(letter.died_at, now), because(letter.reason)),
+        format!("It {ended} at {}, {}.", moment(letter.died_at, now), because(letter.reason)),
         what_next(letter, ledger),
     ];
     let mut add = |name: &str, value: Option<String>| lines.extend(value.map(|value| fact(name, &value)));
@@ -106,6 +107,7 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
             let words = match State::from_name(state) {
                 Some(State::Sent) => "sent".to_owned(),
                 Some(State::Dead) => "it died again".to_owned(),
+                Some(State::Parked) => "it was parked".to_owned(),
                 Some(State::Deferred) => "it waits for its next attempt".to_owned(),
                 Some(State::Claimed) => "a worker has it".to_owned(),
                 Some(State::Parked) => "it was parked again".to_owned(),
@@ -125,9 +127,7 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
 fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
     let id = letter.id();
     match letter.state {
-        LetterState::Parked => {
-            "Next: it goes back to its lane by itself once its organization's configuration works.".to_owned()
-        }
+        LetterState::Parked => parked_next(letter.owner().organization()),
         LetterState::Replaying => {
             format!(
                 "Next: it is being replayed. If that was broken off, `sendoff dead replay --id {id}` ends it."
@@ -273,6 +273,8 @@ mod tests {
         assert!(super::letter(&held, None, NOW)[1].contains("--resend-unknown"));
         held.reason = Reason::Expired;
         assert!(super::letter(&held, None, NOW)[1].contains("never sent"));
+        let parked = super::letter(&replayed(LetterState::Parked), None, NOW);
+        assert!(parked[0].starts_with("It was parked at") && parked[1].contains("by itself"), "{parked:?}");
         let discarded = super::letter(&replayed(LetterState::Discarded), None, NOW);
         assert!(discarded[1].contains("--state discarded"), "{discarded:?}");
     }

@@ -146,7 +146,7 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
         State::Unknown => format!(
             "The worker that took it up at {since} is gone: it cannot be known whether the server accepted it."
         ),
-        State::Cancelled => format!("It was called back at {since}, before it was taken up."),
+        State::Cancelled => format!("It was called back at {since}."),
     }
 }
 

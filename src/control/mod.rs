@@ -5,6 +5,7 @@
 mod error;
 mod feature_set;
 mod fields;
+mod job_cancel;
 mod job_status;
 mod request;
 mod smtp_config_create;
@@ -160,6 +161,7 @@ impl Control {
             Command::SmtpConfigDelete => self.smtp_config_delete(call).await,
             Command::FeatureSet => self.feature_set(call).await,
             Command::JobStatus => self.job_status(call).await,
+            Command::JobCancel => self.job_cancel(call).await,
         }
     }
 
@@ -243,5 +245,6 @@ fn params_of(command: Command) -> &'static [&'static str] {
         Command::SmtpConfigGet | Command::SmtpConfigDelete => &[],
         Command::FeatureSet => feature_set::PARAMS,
         Command::JobStatus => job_status::PARAMS,
+        Command::JobCancel => job_cancel::PARAMS,
     }
 }

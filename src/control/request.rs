@@ -21,16 +21,18 @@ pub(super) enum Command {
     SmtpConfigDelete,
     FeatureSet,
     JobStatus,
+    JobCancel,
 }
 
 impl Command {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::SmtpConfigCreate,
         Self::SmtpConfigGet,
         Self::SmtpConfigUpdate,
         Self::SmtpConfigDelete,
         Self::FeatureSet,
         Self::JobStatus,
+        Self::JobCancel,
     ];
 
     /// The contract's name.
@@ -42,6 +44,7 @@ impl Command {
             Self::SmtpConfigDelete => "smtp_config.delete",
             Self::FeatureSet => "feature.set",
             Self::JobStatus => "job.status",
+            Self::JobCancel => "job.cancel",
         }
     }
 
@@ -55,7 +58,7 @@ impl Command {
 
     /// A job may be the platform's; everything else is an organization's.
     fn needs_organization(self) -> bool {
-        self != Self::JobStatus
+        !matches!(self, Self::JobStatus | Self::JobCancel)
     }
 }
 
@@ -214,9 +217,11 @@ mod tests {
 
     #[test]
     fn a_job_may_be_the_platforms() {
-        let request =
-            Request::read(br#"{"command":"job.status","organization_id":null,"params":{"id":"x"}}"#);
-        assert_eq!((request.fault, request.organization), (None, None));
+        for command in ["job.status", "job.cancel"] {
+            let json = format!(r#"{{"command":"{command}","organization_id":null,"params":{{"id":"x"}}}}"#);
+            let request = Request::read(json.as_bytes());
+            assert_eq!((request.fault, request.organization), (None, None));
+        }
     }
 
     proptest! {

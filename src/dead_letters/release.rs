@@ -207,9 +207,9 @@ impl Releaser {
         }
         let now = self.store.database_time().await?;
         let (mut ids, mut cut_off) = (Vec::new(), Vec::new());
-        for Examined { letter, ledger, newest_sequence } in letters {
+        for Examined { letter, ledger, booking } in letters {
             let parked_for = self.rules.parked_for;
-            match parking::decide(&letter, ledger.as_ref(), newest_sequence, false, parked_for, now) {
+            match parking::decide(&letter, ledger.as_ref(), booking, false, parked_for, now) {
                 Parked::Stays => {}
                 Parked::Goes(_) => cut_off.push(letter),
                 Parked::Dies { .. } | Parked::Died | Parked::TakenUp => ids.push(letter.letter),
@@ -274,7 +274,7 @@ impl Releaser {
         let mut burials = Vec::new();
         for (id, taken) in taken {
             match taken {
-                ParkedTaken::Buried(burial) => burials.push(burial),
+                ParkedTaken::Buried(burial) => burials.push(*burial),
                 ParkedTaken::Copy(copy) => {
                     if let Some((letter, ready)) = outgoing.remove(&id) {
                         copies

@@ -25,7 +25,9 @@ use super::route::Route;
 pub enum Shut {
     /// Past its time.
     Expired,
-    /// This newer revision of the booking was taken up.
+    /// Called back.
+    Cancelled,
+    /// This newer revision of the booking was taken up, or called back.
     Superseded(i64),
     /// Another worker has the job now.
     NotOwner,

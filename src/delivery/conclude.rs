@@ -3,14 +3,16 @@
 
 use time::OffsetDateTime;
 
+use crate::model::cancelling;
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, Settle, Settlement};
+use crate::model::parking::superseded;
 use crate::model::policy::{self, Disposition, Feedback, Progress, RetryLimits, Verdict};
 
 use super::attempt::{Report, Shut};
-use super::worker::{expired, superseded};
+use super::worker::expired;
 
 /// What is to be recorded and handed over.
 #[derive(Debug, Clone)]
@@ -75,6 +77,7 @@ pub fn conclude(
     };
     let (reason, detail) = match report.shut {
         Some(Shut::Expired) => (Reason::Expired, expired(job)),
+        Some(Shut::Cancelled) => (Reason::Cancelled, cancelling::detail(claimed.unknowns).to_owned()),
         Some(Shut::Superseded(newest)) => {
             (Reason::Superseded, superseded(job.group.as_ref().map_or(0, |group| group.sequence), newest))
         }

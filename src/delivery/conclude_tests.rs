@@ -37,6 +37,7 @@ fn claimed() -> Claimed {
         crashes: 0,
         unknowns: 0,
         newest_sequence: None,
+        cancelled: false,
         custom_smtp: false,
         config_version: None,
         config_failing: false,
@@ -98,7 +99,11 @@ fn a_job_that_nobody_accepted_is_dead() {
 
 #[test]
 fn a_gate_that_was_shut_for_good_ends_the_job_with_its_reason() {
-    for (shut, reason) in [(Shut::Expired, Reason::Expired), (Shut::Superseded(7), Reason::Superseded)] {
+    for (shut, reason) in [
+        (Shut::Expired, Reason::Expired),
+        (Shut::Superseded(7), Reason::Superseded),
+        (Shut::Cancelled, Reason::Cancelled),
+    ] {
         let report = Report { later: vec![0, 1, 2], shut: Some(shut), ..Report::default() };
         let conclusion = concluded(&claimed(), &report);
         assert!(
@@ -106,6 +111,17 @@ fn a_gate_that_was_shut_for_good_ends_the_job_with_its_reason() {
             "{shut:?}"
         );
     }
+}
+
+#[test]
+fn a_job_that_is_called_back_between_two_transactions_is_sent_to_those_who_have_it() {
+    let report =
+        Report { accepted: vec![0], later: vec![1, 2], shut: Some(Shut::Cancelled), ..Report::default() };
+    let conclusion = concluded(&claimed(), &report);
+    assert!(matches!(conclusion.settlement, Settlement::Sent));
+    let given_up: Vec<(u16, Reason)> =
+        conclusion.refused.iter().map(|refused| (refused.index, refused.reason)).collect();
+    assert_eq!(given_up, [(1, Reason::Cancelled), (2, Reason::Cancelled)]);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The last look before DATA: whether this claim's message may leave now.
 //! Guarantee: nobody passes without a living incarnation that owns the claim; a mark that is due is in the ledger before.
 
+use std::time::{Duration, Instant};
+
 use crate::model::job::Job;
 use crate::model::ledger::{Claimed, Gate, GateAnswer};
 use crate::model::policy;
@@ -8,16 +10,22 @@ use crate::model::policy;
 use super::attempt::{Gatekeeper, Shut};
 use super::worker::Worker;
 
+/// A claim so young is not asked once more whether its job was called back: asking costs each mail a statement, and most mails
+/// are through by then. Whoever calls it back meanwhile is told that it is too late.
+const YOUNG: Duration = Duration::from_millis(500);
+
 /// The last look before DATA, for one claim.
 pub(super) struct Gatekeeping<'a> {
     pub(super) worker: &'a Worker,
     pub(super) job: &'a Job,
     pub(super) claimed: &'a Claimed,
+    /// When the attempt began.
+    pub(super) since: Instant,
 }
 
 impl Gatekeeper for Gatekeeping<'_> {
     async fn pass(&self) -> Result<(), Shut> {
-        let Self { worker, job, claimed } = self;
+        let Self { worker, job, claimed, since } = self;
         if worker.incarnations.current() != Some(claimed.owner) {
             return Err(Shut::Halted);
         }
@@ -25,7 +33,7 @@ impl Gatekeeper for Gatekeeping<'_> {
             return Err(Shut::Expired);
         }
         let commit = policy::marks_commit(job.on_unknown, claimed.unknowns);
-        if !commit && job.group.is_none() {
+        if !commit && job.group.is_none() && since.elapsed() < YOUNG {
             return Ok(());
         }
         let gate = Gate {
@@ -38,6 +46,7 @@ impl Gatekeeper for Gatekeeping<'_> {
         match worker.ledger.before_data(gate).await {
             Ok(GateAnswer::Open) => Ok(()),
             Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
+            Ok(GateAnswer::Cancelled) => Err(Shut::Cancelled),
             Ok(GateAnswer::Superseded { by }) => Err(Shut::Superseded(by)),
             Err(error) => {
                 worker.database.lost(&error);

@@ -187,10 +187,12 @@ impl Desk {
                 self.announce(&Event::of_job(now, job, death(reason))).await
             }
         };
+        // Called back while it waited: this copy is its end.
+        let ended = if hand_over.state == State::Cancelled { Outcome::Dead } else { Outcome::Duplicate };
         match done.await {
             Ok(()) => {
                 self.debts.pay(&job.key, turn);
-                delivery.finish(Outcome::Duplicate).await;
+                delivery.finish(ended).await;
             }
             Err(Stopped) => delivery.hand_back().await,
         }

@@ -4,7 +4,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use tokio::sync::Notify;
@@ -13,9 +13,11 @@ use crate::broker::Delivery;
 use crate::broker::wire::{self, Refusal, WireLimits};
 use crate::clock::Clock;
 use crate::fault::{self, Place};
+use crate::model::cancelling;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
+use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -384,6 +386,10 @@ impl Worker {
             let detail = format!("{} workers died with this job in hand", claimed.crashes);
             return Some((reason, detail));
         }
+        if claimed.cancelled {
+            let (reason, detail) = cancelling::give_up(claimed, job.on_unknown);
+            return Some((reason, detail.to_owned()));
+        }
         if let (Some(revision), Some(newest)) = (&job.group, claimed.newest_sequence)
             && newest > revision.sequence
         {
@@ -427,7 +433,7 @@ impl Worker {
         job.attachments.clear();
         let sending = async {
             fault::strike(Place::Attempt, &delivery.received().body);
-            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed };
+            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since: Instant::now() };
             let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate).await;
             fault::strike(Place::Answered, &delivery.received().body);
             report
@@ -482,11 +488,6 @@ fn message_id(job: &Job, domain: &str) -> String {
     format!("<{}@{domain}>", job.key.id)
 }
 
-pub(super) fn superseded(mine: i64, newest: i64) -> String {
-    format!("sequence {mine} of its group is older than {newest}")
-}
-
 pub(super) fn expired(job: &Job) -> String {
-    let at = job.expires_at.and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
-    format!("expired at {}", at.unwrap_or_default())
+    job.expires_at.map(parking::expired).unwrap_or_default()
 }

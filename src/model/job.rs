@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::address::{EmailAddress, Mailbox};
 use super::organization::OrganizationId;
+use super::text::has_forbidden_control;
 
 /// The idempotency key: a job's id within its organization, or within the platform.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -146,6 +147,16 @@ pub struct Revision {
     pub group: String,
     /// Grows with every change of the booking.
     pub sequence: i64,
+}
+
+impl Revision {
+    /// Longest group, in characters.
+    pub const GROUP_MAX: usize = 255;
+
+    /// Whether a text can name a group: 1 to 255 characters without control characters.
+    pub fn is_group(text: &str) -> bool {
+        (1..=Self::GROUP_MAX).contains(&text.chars().count()) && !has_forbidden_control(text)
+    }
 }
 
 /// What the publisher wants when the outcome cannot be known.

@@ -26,7 +26,7 @@ pub enum State {
     Dead,
     /// It cannot be known whether it was accepted.
     Unknown,
-    /// Called back before it was taken up.
+    /// Called back, and not sent.
     Cancelled,
 }
 
@@ -136,7 +136,7 @@ pub struct HandOver {
     pub attempts: u32,
     /// When the job was first seen.
     pub first_at: OffsetDateTime,
-    /// When it was last replayed.
+    /// When it was last replayed; since a release, from when its age counts.
     pub replayed_at: Option<OffsetDateTime>,
     /// How long ago it was recorded. A worker that vanished is noticed only after some seconds, so "its recorder lives"
     /// is no proof of anything while this is short.
@@ -159,7 +159,8 @@ pub struct Claimed {
     pub spared: u32,
     /// When it was first seen.
     pub first_at: OffsetDateTime,
-    /// When it was last replayed: its age and its retries count from there.
+    /// When it was last replayed: its age and its retries count from there. A release moves it on by the time that the job was
+    /// parked: both go on as if it had not been.
     pub replayed_at: Option<OffsetDateTime>,
     /// Why it was put off last.
     pub reason: Option<Reason>,
@@ -179,8 +180,10 @@ pub struct Claimed {
     pub crashes: u32,
     /// Unknown outcomes so far.
     pub unknowns: u32,
-    /// The highest sequence of its group that was taken up.
+    /// The highest sequence of its group that was taken up or called back.
     pub newest_sequence: Option<i64>,
+    /// It was called back, by its id or by its booking's revision.
+    pub cancelled: bool,
     /// The organization's feature flag, as of the claim.
     pub custom_smtp: bool,
     /// The organization's configuration version, as of the claim.
@@ -232,7 +235,9 @@ pub enum GateAnswer {
     Open,
     /// The claim is no longer the worker's.
     NotOwner,
-    /// A higher sequence was taken up.
+    /// It was called back.
+    Cancelled,
+    /// A higher sequence was taken up or called back.
     Superseded {
         /// The highest one.
         by: i64,

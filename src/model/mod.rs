@@ -3,6 +3,7 @@
 
 pub mod address;
 pub mod advice;
+pub mod cancelling;
 pub mod event;
 pub mod failure;
 pub mod health;

@@ -3,6 +3,7 @@
 use time::macros::datetime;
 
 use super::*;
+use crate::model::cancelling;
 use crate::model::job::JobKey;
 use crate::model::ledger::{Incarnation, Orphan, Turn};
 
@@ -364,6 +365,7 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         crashes,
         unknowns,
         newest_sequence: None,
+        cancelled: false,
         custom_smtp: false,
         config_version: None,
         config_failing: false,
@@ -408,4 +410,16 @@ fn only_a_refused_mechanism_lets_the_next_one_be_tried() {
     assert!(auth_may_try_next(&reply("504 5.5.4 unrecognized authentication type")));
     assert!(auth_may_try_next(&reply("535 5.7.4 mechanism not supported")));
     assert!(!auth_may_try_next(&reply("535 5.7.8 bad credentials")));
+}
+
+#[test]
+fn what_was_called_back_is_said_to_be_unsent_only_where_that_is_known() {
+    let ended = |claimed: &Claimed, on_unknown| cancelling::give_up(claimed, on_unknown);
+    let living = |unknowns| Claimed { orphan: None, ..orphan(0, unknowns, false) };
+    assert_eq!(ended(&living(0), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSENT));
+    assert_eq!(ended(&living(1), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSURE));
+    // The last worker died: without the duty to mark it, it may have sent the final dot.
+    assert_eq!(ended(&orphan(1, 0, false), OnUnknown::Resend).0, Reason::UnknownOutcome);
+    assert_eq!(ended(&orphan(1, 0, false), OnUnknown::Hold), (Reason::Cancelled, cancelling::UNSENT));
+    assert_eq!(ended(&orphan(2, 1, false), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSURE));
 }

@@ -38,6 +38,17 @@ pub struct LedgerView {
     pub refused: Vec<RefusedRecipient>,
     /// Whether the letter's body is the ledger's.
     pub same_body: bool,
+    /// Whether it was called back, wherever it stands.
+    pub cancel_requested: bool,
+}
+
+/// What is known of a letter's booking; nothing of most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Booking {
+    /// The highest revision that was taken up or called back.
+    pub newest: Option<i64>,
+    /// The highest revision that was called back.
+    pub cancelled: Option<i64>,
 }
 
 /// How a letter is replayed.
@@ -57,7 +68,7 @@ pub struct Replay {
 pub enum Skip {
     /// Past its time.
     Expired,
-    /// A newer revision of its booking was taken up.
+    /// A newer revision of its booking was taken up or called back.
     Superseded,
     /// Called back.
     Cancelled,
@@ -121,15 +132,15 @@ impl Skip {
     }
 }
 
-/// Decides about one letter. `ledger` is `None` where the ledger has no row, `newest_sequence` the highest revision of the
-/// letter's booking that was taken up. Whether the body is a job and a lane takes it is not asked here.
+/// Decides about one letter. `ledger` is `None` where the ledger has no row. Whether the body is a job and a lane takes it
+/// is not asked here.
 ///
 /// # Errors
 /// Why it is left out.
 pub fn decide(
     letter: &Letter,
     ledger: Option<&LedgerView>,
-    newest_sequence: Option<i64>,
+    booking: Booking,
     rules: &ReplayRules,
     now: OffsetDateTime,
 ) -> Result<Replay, Skip> {
@@ -151,7 +162,7 @@ pub fn decide(
     // The ledger waits for a copy that may not be there, whatever the time: who claims it finds out that it is past, and
     // makes it dead.
     if resumed.is_none() || letter.state == LetterState::Replayed {
-        out_of_date(letter, newest_sequence, now)?;
+        out_of_date(letter, ledger, booking, now)?;
     }
     if let Some(resumed) = resumed {
         return Ok(resumed);
@@ -217,17 +228,24 @@ fn refused_of(letter: &Letter, ledger: &LedgerView) -> Vec<u16> {
         .collect()
 }
 
-fn out_of_date(letter: &Letter, newest_sequence: Option<i64>, now: OffsetDateTime) -> Result<(), Skip> {
+fn out_of_date(
+    letter: &Letter,
+    ledger: Option<&LedgerView>,
+    booking: Booking,
+    now: OffsetDateTime,
+) -> Result<(), Skip> {
     let past = letter.expires_at.is_some_and(|expires_at| expires_at <= now);
     // Killed by the broker for its own `expiration`: a publisher that set one meant it.
     if past || letter.reason == Reason::Expired {
         return Err(Skip::Expired);
     }
-    if letter.reason == Reason::Cancelled {
+    let mine = letter.revision.as_ref().map(|revision| revision.sequence);
+    let called_back = ledger.is_some_and(|ledger| ledger.cancel_requested)
+        || mine.zip(booking.cancelled).is_some_and(|(mine, cancelled)| mine <= cancelled);
+    if called_back || letter.reason == Reason::Cancelled {
         return Err(Skip::Cancelled);
     }
-    let older =
-        letter.revision.as_ref().zip(newest_sequence).is_some_and(|(mine, newest)| newest > mine.sequence);
+    let older = mine.zip(booking.newest).is_some_and(|(mine, newest)| mine < newest);
     if older || letter.reason == Reason::Superseded {
         return Err(Skip::Superseded);
     }

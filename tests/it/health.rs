@@ -46,7 +46,7 @@ impl House {
     }
 
     async fn blame(&self, version: i64, reason: Reason) -> Blamed {
-        self.configs.blame(&acme(), version, reason, HINT).await.expect("the database answers")
+        self.configs.blame(&acme(), version, reason, Some(HINT)).await.expect("the database answers")
     }
 
     async fn absolve(&self, version: i64, by: Absolution) {
@@ -118,7 +118,7 @@ async fn of_many_who_see_a_configuration_fail_at_once_one_is_told_that_it_begins
     let failing = house.failing().await.expect("it fails");
     assert_eq!((failing.reason, failing.hint.as_str()), (Reason::AuthFailed, HINT));
     assert_eq!(house.health().await.failing, Some(Reason::AuthFailed));
-    assert_eq!(house.store.failing_count().await.expect("the database answers"), 1);
+    assert_eq!(house.store.failing_count(true).await.expect("the database answers"), 1);
 }
 
 #[tokio::test]
@@ -190,7 +190,7 @@ async fn what_is_said_of_an_older_version_changes_nothing() {
     assert!(!house.recovered(1).await);
     assert!(house.failing().await.is_some());
     let of_another = DueProbe { organization: acme(), version: 1 };
-    house.configs.probe_failed(&of_another, Reason::TlsFailed, "").await.expect("the database answers");
+    house.configs.probe_failed(&of_another, Reason::TlsFailed, Some("")).await.expect("the database answers");
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let gone = house.configs.blame(&OrganizationId::parse("beta").expect("an id"), 1, Reason::AuthFailed, "");
     assert_eq!(gone.await.expect("the database answers"), Blamed::Outdated);
@@ -210,7 +210,7 @@ async fn probes_come_after_growing_pauses_which_a_refused_password_makes_long() 
             house.database.run("UPDATE smtp_configs SET next_probe_at = now()").await;
             let probe = house.probes(false, 10).await.pop().expect("it is due");
             assert_eq!(house.next_probe_s().await, 60, "it is somebody's");
-            house.configs.probe_failed(&probe, reason, HINT).await.expect("the database answers");
+            house.configs.probe_failed(&probe, reason, Some(HINT)).await.expect("the database answers");
             seen.push(house.next_probe_s().await);
         }
         assert_eq!(seen, pauses_s, "{reason}");
@@ -278,10 +278,14 @@ async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed
     assert_eq!(updated.failing.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let due = [DueProbe { organization: acme(), version: 2 }];
     assert_eq!(house.probes(false, 10).await, due);
-    house.configs.probe_failed(&due[0], Reason::TlsFailed, "other").await.expect("the database answers");
+    house
+        .configs
+        .probe_failed(&due[0], Reason::TlsFailed, Some("other"))
+        .await
+        .expect("the database answers");
     assert_eq!(house.next_probe_s().await, 300, "the pauses begin anew");
     let failing = house.failing().await.expect("it fails");
-    assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, "other"));
+    assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, Some("other")));
     let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
     assert_eq!(house.update(name).await.version, 3);
     assert_eq!(house.probes(false, 10).await.len(), 1);

@@ -366,7 +366,7 @@ async fn a_worker_without_the_key_is_not_ready_and_the_job_waits_for_one_that_ha
     keyless.stop().await;
     assert_eq!((world.event_count("email.dead", id), world.server.connections()), (0, 0));
     assert_eq!(world.event_count("email.parked", id), 0, "the worker's fault parks nobody");
-    assert_eq!(world.database.store().failing_count().await.expect("the database answers"), 0);
+    assert_eq!(world.database.store().failing_count(true).await.expect("the database answers"), 0);
 
     world.set("SENDOFF__ENCRYPTION__KEYS", &format!("{OTHER},{KEYS}"));
     let worker = world.worker().await;

@@ -4,6 +4,7 @@ mod archive;
 mod archive_search;
 mod archive_store;
 mod broker;
+mod cancelling;
 mod cli;
 mod configs;
 mod core;

@@ -248,7 +248,7 @@ impl Look<'_> {
                 Err(_) => false,
             },
             Shape::Group => {
-                self.watch.group = validate::is_group(text).then(|| text.to_owned());
+                self.watch.group = Revision::is_group(text).then(|| text.to_owned());
                 true
             }
             Shape::Time => {

@@ -25,8 +25,6 @@ const CONTENT_TYPE_MAX: usize = 200;
 const CONTENT_ID_MAX: usize = 200;
 /// No attachment's own headers and delimiter are shorter than this, in bytes.
 const FILE_HEADERS_MIN: usize = 140;
-/// Longest group, in characters.
-const GROUP_MAX: usize = 255;
 
 /// Whether a text is a kind: 1 to 64 of `[a-z0-9._-]`.
 pub fn is_slug(text: &str) -> bool {
@@ -276,11 +274,6 @@ fn content_id(id: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Whether a text can name a group.
-pub(super) fn is_group(text: &str) -> bool {
-    (1..=GROUP_MAX).contains(&text.chars().count()) && !text::has_forbidden_control(text)
-}
-
 fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revision>, Fault> {
     let (group, sequence) = match (group, sequence) {
         (Some(group), Some(sequence)) => (group, sequence),
@@ -288,9 +281,10 @@ fn revision(group: Option<String>, sequence: Option<i64>) -> Result<Option<Revis
         (Some(_), None) => return Err(Fault::malformed("sequence: must be given together with group")),
         (None, Some(_)) => return Err(Fault::malformed("group: must be given together with sequence")),
     };
-    if !is_group(&group) {
+    if !Revision::is_group(&group) {
         return Err(Fault::malformed(format!(
-            "group: must be 1 to {GROUP_MAX} characters without control characters"
+            "group: must be 1 to {} characters without control characters",
+            Revision::GROUP_MAX
         )));
     }
     if sequence < 0 {

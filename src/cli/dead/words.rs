@@ -110,7 +110,6 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
                 Some(State::Parked) => "it was parked".to_owned(),
                 Some(State::Deferred) => "it waits for its next attempt".to_owned(),
                 Some(State::Claimed) => "a worker has it".to_owned(),
-                Some(State::Parked) => "it was parked again".to_owned(),
                 _ => harmless(state),
             };
             let why = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();

@@ -320,9 +320,9 @@ impl<'a> Run<'a> {
     /// Whether a letter is to be taken. One that a run has left in the middle is looked at again under its lock, where its
     /// row is put right, whatever seems to be true of it now.
     fn weigh(&self, examined: &Examined) -> Result<Option<Skip>, Skip> {
-        let Examined { letter, ledger, newest_sequence } = examined;
+        let Examined { letter, ledger, booking } = examined;
         let now = self.replayer.clock.now();
-        let decided = replay::decide(letter, ledger.as_ref(), *newest_sequence, &self.order.rules, now);
+        let decided = replay::decide(letter, ledger.as_ref(), *booking, &self.order.rules, now);
         match decided {
             Ok(_) => Ok(None),
             Err(skip) if letter.state == LetterState::Replaying && self.publishing.is_some() => {

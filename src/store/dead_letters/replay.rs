@@ -16,7 +16,7 @@ use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::ledger::{State, Turn};
 use crate::model::letter::{HISTORY_MAX, Letter, LetterFilter, LetterId, Place};
-use crate::model::replay::LedgerView;
+use crate::model::replay::{Booking, LedgerView};
 use crate::store::incarnation::LOCK_CLASS;
 use crate::store::ledger::count;
 use crate::store::{Store, StoreError};
@@ -29,7 +29,8 @@ macro_rules! ledger_columns {
     j.pending AS job_pending, j.refused AS job_refused, j.attempts AS job_attempts, j.replayed_at AS job_replayed_at,
     j.detail AS job_detail, j.partly_sent AS job_partly_sent, j.message_id AS job_message_id,
     j.history -> -1 ->> 'transport' AS job_transport,
-    (j.body_hash IS NULL OR j.body_hash = d.body_hash) AS same_body, g.sequence AS newest_sequence,
+    (j.body_hash IS NULL OR j.body_hash = d.body_hash) AS same_body, j.cancel_requested AS job_cancel_requested,
+    g.sequence AS newest_sequence, g.cancelled AS cancelled_sequence,
     CASE WHEN j.state = 'claimed' THEN EXISTS (
         SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -100,8 +101,8 @@ pub struct Examined {
     pub letter: Letter,
     /// Its job's row; none where there is no such row, or the body told no job.
     pub ledger: Option<LedgerView>,
-    /// The highest revision of its booking that was taken up.
-    pub newest_sequence: Option<i64>,
+    /// Its booking.
+    pub booking: Booking,
 }
 
 /// Letters in a row, oldest death first.
@@ -134,7 +135,7 @@ impl Store {
         for row in &rows {
             if let Some(letter) = understood(row)? {
                 let ledger = ledger_of(row)?.map(|job| job.view);
-                letters.push(Examined { letter, ledger, newest_sequence: row.try_get("newest_sequence")? });
+                letters.push(Examined { letter, ledger, booking: booking_of(row)? });
             }
         }
         let last = rows.last().filter(|_| rows.len() == limit as usize).map(place).transpose()?;
@@ -235,6 +236,7 @@ pub(super) fn ledger_of(row: &PgRow) -> Result<Option<Job>, sqlx::Error> {
         pending: pending.map(|all| all.into_iter().filter_map(|index| u16::try_from(index).ok()).collect()),
         refused: refused.map(|Json(refused)| refused).unwrap_or_default(),
         same_body: row.try_get("same_body")?,
+        cancel_requested: row.try_get("job_cancel_requested")?,
     };
     let attempts = count(row.try_get("job_attempts")?);
     Ok(Some(Job {
@@ -246,4 +248,9 @@ pub(super) fn ledger_of(row: &PgRow) -> Result<Option<Job>, sqlx::Error> {
         message_id: row.try_get("job_message_id")?,
         transport: row.try_get("job_transport")?,
     }))
+}
+
+/// The same row's booking.
+pub(super) fn booking_of(row: &PgRow) -> Result<Booking, sqlx::Error> {
+    Ok(Booking { newest: row.try_get("newest_sequence")?, cancelled: row.try_get("cancelled_sequence")? })
 }

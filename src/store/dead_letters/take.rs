@@ -8,13 +8,13 @@ use sqlx::{Acquire, PgConnection, Row};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::replay::{Job, ledger_columns, ledger_of};
+use super::replay::{Job, booking_of, ledger_columns, ledger_of};
 use super::{letter_columns, read_letter};
 use crate::model::event::RefusedRecipient;
 use crate::model::job::JobKey;
 use crate::model::ledger::{State, Turn};
 use crate::model::letter::{Deed, HISTORY_MAX, Letter, LetterDeed, LetterId, LetterState};
-use crate::model::replay::{self, Replay, ReplayRules, Skip};
+use crate::model::replay::{self, Booking, Replay, ReplayRules, Skip};
 use crate::store::incarnation::LOCK_CLASS;
 use crate::store::ledger::{array_literal, organization_text, stored_count};
 use crate::store::{Store, StoreError};
@@ -55,11 +55,12 @@ WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id";
 /// For a job that never came into the ledger, or was forgotten. One that has come meanwhile is not touched.
 const ENTER: &str = "
 INSERT INTO jobs (id, organization_id, body_hash, state, turn, owner, attempts, spared, partly_sent, not_before, first_at,
-    replayed_at, updated_at, pending)
+    replayed_at, updated_at, pending, group_name, sequence)
 SELECT id, organization_id, body_hash, 'deferred', turn, 0, attempts, attempts, pending IS NOT NULL, now(), first_at, now(),
-    now(), pending::int[]
-FROM unnest($1::uuid[], $2::text[], $3::bytea[], $4::int[], $5::int[], $6::timestamptz[], $7::text[])
-    AS a (id, organization_id, body_hash, turn, attempts, first_at, pending)
+    now(), pending::int[], group_name, sequence
+FROM unnest($1::uuid[], $2::text[], $3::bytea[], $4::int[], $5::int[], $6::timestamptz[], $7::text[], $8::text[],
+        $9::bigint[])
+    AS a (id, organization_id, body_hash, turn, attempts, first_at, pending, group_name, sequence)
 ON CONFLICT (id, organization_id) DO NOTHING
 RETURNING id, organization_id";
 
@@ -132,7 +133,7 @@ fn is_deadlock(error: &sqlx::Error) -> bool {
 pub(super) struct Held {
     pub(super) letter: Letter,
     pub(super) job: Option<Job>,
-    pub(super) newest_sequence: Option<i64>,
+    pub(super) booking: Booking,
 }
 
 impl Held {
@@ -150,18 +151,19 @@ impl Held {
             return Err(Skip::NotAJob);
         }
         let view = self.job.as_ref().map(|job| &job.view);
-        replay::decide(&self.letter, view, self.newest_sequence, &taking.rules, now)
+        replay::decide(&self.letter, view, self.booking, &taking.rules, now)
     }
 
-    /// Whether a replay that was cut off had published its copy after all: somebody has taken it up.
-    fn was_published(&self) -> bool {
-        let taken_up = |job: &Job| {
-            let waits = matches!(job.view.state, State::Deferred | State::Parked);
-            self.letter
-                .replay_turn
-                .is_some_and(|turn| turn < job.view.turn || turn == job.view.turn && !waits)
-        };
-        self.letter.state == LetterState::Replaying && self.job.as_ref().is_some_and(taken_up)
+    /// Where a letter stands whose replay was cut off and is not resumed: somebody has taken its copy up, so that it had been
+    /// published after all; or it was called back, so that a copy, if there is one, only comes to bury it.
+    fn cut_off(&self) -> Option<LetterState> {
+        let job = self.job.as_ref().filter(|_| self.letter.state == LetterState::Replaying)?;
+        if job.view.state == State::Cancelled {
+            return Some(LetterState::Dead);
+        }
+        let waits = matches!(job.view.state, State::Deferred | State::Parked);
+        let taken_up = |turn: Turn| turn < job.view.turn || turn == job.view.turn && !waits;
+        self.letter.replay_turn.is_some_and(taken_up).then_some(LetterState::Replayed)
     }
 
     /// As its row is to be after this replay.
@@ -215,8 +217,8 @@ async fn take(
             }
             Err(skip) => {
                 taken.insert(held.letter.letter, Err(skip));
-                if held.was_published() {
-                    held.letter.state = LetterState::Replayed;
+                if let Some(state) = held.cut_off() {
+                    held.letter.state = state;
                     settled.push(held);
                 }
             }
@@ -262,11 +264,11 @@ pub(super) async fn lock(
     let mut jobs = HashMap::new();
     for row in &rows {
         let letter = LetterId(row.try_get("letter")?);
-        jobs.insert(letter, (ledger_of(row)?, row.try_get::<Option<i64>, _>("newest_sequence")?));
+        jobs.insert(letter, (ledger_of(row)?, booking_of(row)?));
     }
     let held = letters.into_iter().map(|letter| {
-        let (job, newest_sequence) = jobs.remove(&letter.letter).unwrap_or_default();
-        Held { letter, job, newest_sequence }
+        let (job, booking) = jobs.remove(&letter.letter).unwrap_or_default();
+        Held { letter, job, booking }
     });
     Ok((held.collect(), now))
 }
@@ -304,6 +306,7 @@ pub(super) async fn enter(
         return Ok(HashSet::new());
     }
     let first_at = |letter: &Letter| letter.first_at.unwrap_or(letter.died_at);
+    let revisions = || new.iter().map(|(held, _, _)| held.letter.revision.as_ref());
     let rows = sqlx::query(ENTER)
         .bind(new.iter().map(|(_, key, _)| key.id).collect::<Vec<_>>())
         .bind(new.iter().map(|(_, key, _)| organization_text(key)).collect::<Vec<_>>())
@@ -312,6 +315,8 @@ pub(super) async fn enter(
         .bind(new.iter().map(|(held, _, _)| stored_count(held.letter.attempts)).collect::<Vec<_>>())
         .bind(new.iter().map(|(held, _, _)| first_at(&held.letter)).collect::<Vec<_>>())
         .bind(new.iter().map(|(_, _, replay)| pending(replay)).collect::<Vec<_>>())
+        .bind(revisions().map(|own| own.map(|own| own.group.clone())).collect::<Vec<_>>())
+        .bind(revisions().map(|own| own.map(|own| own.sequence)).collect::<Vec<_>>())
         .fetch_all(session)
         .await?;
     let mut late: HashMap<(Uuid, &str), &JobKey> =

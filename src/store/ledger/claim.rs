@@ -33,15 +33,16 @@ WHERE g.sequence < excluded.sequence";
 
 /// Writes the rows that may be claimed and returns those alone. `$5` is the claiming incarnation, `$6` every incarnation of
 /// this process, `$7` the dead ones, `$8` the keys that this process works on, `$9` each claim's booking, `$11` the keys
-/// that may have died with another worker. Half a second early is on time: the broker's clock is not the database's.
+/// that may have died with another worker, `$12` each revision. A job that was called back before a claim (its reason says so)
+/// leaves nothing unknown behind: such a claim sends nothing. Half a second early is on time: the broker's clock is not the database's.
 const CLAIM: &str = "
 WITH asked AS MATERIALIZED (
-    SELECT * FROM unnest($1::text[], $2::uuid[], $3::bytea[], $4::int[], $9::text[], $10::text[])
-        AS a (organization_id, id, body_hash, turn, group_name, message_id)
+    SELECT * FROM unnest($1::text[], $2::uuid[], $3::bytea[], $4::int[], $9::text[], $12::bigint[], $10::text[])
+        AS a (organization_id, id, body_hash, turn, group_name, sequence, message_id)
 ), granted AS (
     INSERT INTO jobs AS j
-        (organization_id, id, body_hash, state, turn, owner, first_at, updated_at, message_id)
-    SELECT organization_id, id, body_hash, 'claimed', turn, $5, now(), now(), message_id FROM asked
+        (organization_id, id, body_hash, state, turn, owner, first_at, updated_at, message_id, group_name, sequence)
+    SELECT organization_id, id, body_hash, 'claimed', turn, $5, now(), now(), message_id, group_name, sequence FROM asked
     ON CONFLICT (id, organization_id) DO UPDATE SET
         state = 'claimed',
         body_hash = excluded.body_hash,
@@ -49,10 +50,12 @@ WITH asked AS MATERIALIZED (
         owner = excluded.owner,
         updated_at = excluded.updated_at,
         message_id = coalesce(nullif(j.message_id, ''), excluded.message_id),
+        group_name = coalesce(j.group_name, excluded.group_name),
+        sequence = coalesce(j.sequence, excluded.sequence),
         not_before = NULL,
         committing = false,
         crashes = CASE WHEN j.state = 'claimed' AND j.owner <> ALL ($6) THEN j.crashes + 1 ELSE j.crashes END,
-        orphan = CASE WHEN j.state = 'claimed' AND j.owner <> ALL ($6)
+        orphan = CASE WHEN j.state = 'claimed' AND j.owner <> ALL ($6) AND j.reason IS DISTINCT FROM 'cancelled'
             THEN coalesce(j.orphan, false) OR j.committing ELSE j.orphan END
     WHERE (j.body_hash IS NULL OR j.body_hash = excluded.body_hash)
         AND CASE j.state
@@ -67,9 +70,10 @@ WITH asked AS MATERIALIZED (
         AND ((j.crashes = 0 AND (j.state <> 'claimed' OR j.owner = ANY ($6)))
             OR j.id || '/' || j.organization_id = ANY ($11))
     RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, reason, message_id, pending, refused, partly_sent, orphan,
-        crashes, unknowns
+        crashes, unknowns, cancel_requested
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
+    granted.cancel_requested OR coalesce(groups.cancelled = asked.sequence, false) AS cancelled,
     coalesce(organizations.custom_smtp, false) AS custom_smtp, smtp_configs.version AS config_version,
     smtp_configs.failing_since IS NOT NULL AS config_failing
 FROM granted
@@ -234,6 +238,12 @@ impl Asking {
             .bind(groups)
             .bind(claims.iter().map(|claim| without_nul(&claim.message_id)).collect::<Vec<_>>())
             .bind(&self.suspects)
+            .bind(
+                claims
+                    .iter()
+                    .map(|claim| claim.revision.as_ref().map(|own| own.sequence))
+                    .collect::<Vec<_>>(),
+            )
             .fetch_all(session)
             .await
     }
@@ -293,6 +303,7 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         crashes: count(row.try_get("crashes")?),
         unknowns: count(row.try_get("unknowns")?),
         newest_sequence: row.try_get("newest_sequence")?,
+        cancelled: row.try_get("cancelled")?,
         custom_smtp: row.try_get("custom_smtp")?,
         config_version: row.try_get("config_version")?,
         config_failing: row.try_get("config_failing")?,

@@ -14,9 +14,10 @@ use crate::model::ledger::{Gate, GateAnswer};
 
 const LOOK: &str = "
 SELECT a.position, groups.sequence,
-    coalesce(j.state = 'claimed' AND j.owner = a.owner AND j.turn = a.turn, false) AS owned
-FROM unnest($1::text[], $2::uuid[], $3::int[], $4::int[], $5::text[])
-    WITH ORDINALITY AS a (organization_id, id, owner, turn, group_name, position)
+    coalesce(j.state = 'claimed' AND j.owner = a.owner AND j.turn = a.turn, false) AS owned,
+    coalesce(j.cancel_requested, false) OR coalesce(groups.cancelled = a.sequence, false) AS cancelled
+FROM unnest($1::text[], $2::uuid[], $3::int[], $4::int[], $5::text[], $6::bigint[])
+    WITH ORDINALITY AS a (organization_id, id, owner, turn, group_name, sequence, position)
 LEFT JOIN jobs AS j ON j.id = a.id AND j.organization_id = a.organization_id
 LEFT JOIN job_groups AS groups ON groups.organization_id = a.organization_id AND groups.name = a.group_name
 ORDER BY a.position";
@@ -104,6 +105,7 @@ async fn look(session: &mut PgConnection, gates: &[&Gate]) -> Result<Vec<GateAns
         .bind(gates.iter().map(|gate| gate.owner.0).collect::<Vec<_>>())
         .bind(gates.iter().map(|gate| gate.turn.0).collect::<Vec<_>>())
         .bind(groups)
+        .bind(gates.iter().map(|gate| gate.revision.as_ref().map(|own| own.sequence)).collect::<Vec<_>>())
         .fetch_all(session)
         .await?;
     rows.iter()
@@ -113,6 +115,7 @@ async fn look(session: &mut PgConnection, gates: &[&Gate]) -> Result<Vec<GateAns
             let newer = newest.filter(|by| gate.revision.as_ref().is_some_and(|own| own.sequence < *by));
             Ok(match newer {
                 _ if !row.try_get::<bool, _>("owned")? => GateAnswer::NotOwner,
+                _ if row.try_get("cancelled")? => GateAnswer::Cancelled,
                 Some(by) => GateAnswer::Superseded { by },
                 None => GateAnswer::Open,
             })

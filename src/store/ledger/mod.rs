@@ -1,6 +1,7 @@
 //! The ledger: who has which job, and what became of it.
 //! Guarantee: of all claims on one turn of a job one is granted, and only its owner can settle it.
 
+mod cancel;
 mod claim;
 mod gate;
 mod grants;
@@ -75,7 +76,8 @@ impl Ledger {
         self.claims.ask(claim).await
     }
 
-    /// The last look before DATA: whether the claim is still the worker's, and the booking's revision still the newest.
+    /// The last look before DATA: whether the claim is still the worker's, the job not called back, and the booking's revision
+    /// still the newest.
     ///
     /// # Errors
     /// When the database did not answer; the mark may be written all the same.

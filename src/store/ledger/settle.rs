@@ -10,11 +10,13 @@ use super::super::batch::Work;
 use super::super::{Store, StoreError};
 use super::grants::{Grants, Token};
 use super::{RowKey, organization_text, row_key, stored_count, without_nul};
+use crate::model::failure::Reason;
 use crate::model::ledger::{AttemptRecord, Settle, SettleAnswer, Settlement, State};
 
 /// The lateral subselect locks the rows one by one in the order of the arrays. A row that is already as the settle would
-/// leave it, under the same owner, was written by this very settle: nobody else settles in that owner's name. What a dead
-/// owner left behind (`orphan`) outlives a release, in which nothing was tried.
+/// leave it, under the same owner, was written by this very settle: nobody else settles in that owner's name; and a job
+/// that was called back since keeps the owner and the turn that this settle left. What a dead owner left behind (`orphan`)
+/// outlives a release, in which nothing was tried.
 const SETTLE: &str = "
 WITH locked AS MATERIALIZED (
     SELECT a.*, j.state AS row_state, j.owner AS row_owner, j.turn AS row_turn
@@ -58,7 +60,8 @@ WITH locked AS MATERIALIZED (
 )
 SELECT locked.position,
     changed.position IS NOT NULL
-        OR (row_owner = owner AND row_state = state AND row_turn = next_turn) AS recorded
+        OR (row_owner = owner AND row_turn = next_turn
+            AND (row_state = state OR row_state = 'cancelled' AND state <> 'sent')) AS recorded
 FROM locked LEFT JOIN changed USING (position)";
 
 pub(super) struct SettleRequest {
@@ -119,7 +122,7 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
             ..plain
         },
         Settlement::Dead { reason, detail } => Outcome {
-            state: State::Dead,
+            state: if *reason == Reason::Cancelled { State::Cancelled } else { State::Dead },
             hand_over: true,
             reason: Some(reason.as_str()),
             detail: Some(detail),

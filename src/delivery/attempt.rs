@@ -74,6 +74,7 @@ impl Report {
                 Outcome::Worked
             }
             Some(Verdict::Retry { feedback, .. }) => Outcome::Failed(feedback),
+            Some(Verdict::Account(_)) if self.blamed.is_some() => Outcome::Refused,
             Some(Verdict::Account(_) | Verdict::Fresh) => Outcome::Nothing,
             Some(Verdict::Unknown) => Outcome::Failed(Feedback::Narrow),
         }

@@ -253,7 +253,9 @@ impl Worker {
                 }
             };
             // Whatever it was admitted for: its permit goes back.
-            if let Err(NoServer::Failing(reason)) = current {
+            if let Err(NoServer::Failing(reason)) = current
+                && !self.is_overdue(delivery)
+            {
                 return Ok(TakeUp::Park(claimed, reason, room));
             }
             if !route::is_same(&current, &routed) {

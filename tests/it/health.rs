@@ -192,8 +192,9 @@ async fn what_is_said_of_an_older_version_changes_nothing() {
     let of_another = DueProbe { organization: acme(), version: 1 };
     house.configs.probe_failed(&of_another, Reason::TlsFailed, Some("")).await.expect("the database answers");
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
-    let gone = house.configs.blame(&OrganizationId::parse("beta").expect("an id"), 1, Reason::AuthFailed, "");
-    assert_eq!(gone.await.expect("the database answers"), Blamed::Outdated);
+    let nobody = OrganizationId::parse("beta").expect("an id");
+    let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "").await;
+    assert_eq!(gone.expect("the database answers"), Blamed::Outdated);
 }
 
 #[tokio::test]

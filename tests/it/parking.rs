@@ -174,8 +174,9 @@ async fn a_sender_that_is_refused_twice_is_refused_on_two_connections() {
     })
     .await;
     world.server.rule(Rule::new(Stage::Mail, Action::reply("553 5.7.1 not owned by user")));
-    publish(&world, "acme", 5).await;
-    parked(&world, "acme", 5).await;
+    let id = publish(&world, "acme", 1).await[0];
+    parked(&world, "acme", 1).await;
+    assert_eq!(world.event_count("email.deferred", id), 1);
     assert_eq!(world.server.connections(), 2, "the session of before is not used again");
     assert_eq!(world.server.seen(|seen| seen.count("MAIL")), 3);
     assert_eq!(announced(&world, "acme").await["reason"], "sender_refused");
@@ -309,13 +310,14 @@ async fn a_server_that_is_reached_in_between_is_not_out_of_reach() {
 async fn with_the_feature_off_a_failing_configuration_is_not_in_the_way() {
     let world = World::new().await;
     let worker = world.worker().await;
-    with_wrong_password(&world, "acme").await;
+    let server = with_wrong_password(&world, "acme").await;
     publish(&world, "acme", 1).await;
     parked(&world, "acme", 1).await;
     let off = json!({"feature": "custom-smtp-for-orgs", "enabled": false});
     world.commanded("feature.set", "acme", off).await;
     let id = world.publish(&job(Some("acme"))).await;
     assert_eq!(world.event("email.sent", id).await["transport"], "platform");
+    assert_eq!(server.connections(), 1);
     worker.stop().await;
     world.end().await;
 }
@@ -342,7 +344,7 @@ async fn temporary_trouble_while_logging_in_is_nobodys_fault() {
         ("closing", last_words("421 4.7.0 try again later")),
         ("lost", Action::Close),
     ] {
-        world.with_rules(id, [Rule::new(Stage::Auth, action).once()]).await;
+        let _server = world.with_rules(id, [Rule::new(Stage::Auth, action).once()]).await;
         let job = world.publish(&job(Some(id))).await;
         let story = world.story(job).await;
         assert!(story.starts_with("deferred ") && story.ends_with(", sent"), "{id}: {story}");
@@ -378,13 +380,13 @@ async fn what_would_not_be_sent_anyway_is_not_parked() {
     headers.insert("sendoff-first-at".into(), lapin::types::AMQPValue::LongString(first_at));
     let properties = lapin::BasicProperties::default().with_headers(headers);
     let old = world.publish_with(&old, properties).await;
-    world.state(Some("acme"), old, State::Parked).await;
+    assert_eq!(world.state(Some("acme"), old, State::Dead).await.reason, Some(Reason::RetriesExhausted));
 
     let again = world.publish(&newer).await;
     assert_eq!(again, id);
     let duplicates = "sendoff_jobs_settled_total{lane=\"notifications\",outcome=\"duplicate\"}";
     eventually("the second copy is known", async || worker.metric(duplicates).await >= 1.0).await;
-    parked(&world, "acme", 2).await;
+    parked(&world, "acme", 1).await;
     assert_eq!((world.event_count("email.parked", id), server.connections()), (1, 1));
     worker.stop().await;
     world.end().await;
@@ -419,7 +421,7 @@ async fn a_job_that_some_have_is_parked_for_the_others() {
 async fn a_person_is_told_why_a_job_is_parked_and_what_comes_next() {
     let world = World::new().await;
     let worker = world.worker().await;
-    with_wrong_password(&world, "acme").await;
+    let _server = with_wrong_password(&world, "acme").await;
     let id = publish(&world, "acme", 1).await[0];
     parked(&world, "acme", 1).await;
     let id = id.to_string();

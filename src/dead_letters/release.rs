@@ -290,7 +290,9 @@ impl Releaser {
             publishing.push(self.publish(copies));
         }
         let published: Vec<(LetterId, Turn)> = join_all(publishing).await.into_iter().flatten().collect();
-        self.store.mark_replayed(&published).await?;
+        if !published.is_empty() {
+            self.store.mark_replayed(&published).await?;
+        }
         let mut announcing = Vec::with_capacity(burials.len());
         for burial in &burials {
             announcing.push(self.announce_death(burial));
@@ -298,7 +300,10 @@ impl Releaser {
         let announced = join_all(announcing).await;
         let buried: Vec<Burial> =
             burials.into_iter().zip(announced).filter_map(|(burial, said)| said.then_some(burial)).collect();
-        self.store.mark_buried(&buried).await
+        if !buried.is_empty() {
+            self.store.mark_buried(&buried).await?;
+        }
+        Ok(())
     }
 
     /// Publishes one organization's copies, oldest first, until one fails; those that are confirmed.

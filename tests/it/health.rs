@@ -46,7 +46,7 @@ impl House {
     }
 
     async fn blame(&self, version: i64, reason: Reason) -> Blamed {
-        self.configs.blame(&acme(), version, reason, Some(HINT)).await.expect("the database answers")
+        self.configs.blame(&acme(), version, reason, HINT).await.expect("the database answers")
     }
 
     async fn absolve(&self, version: i64, by: Absolution) {
@@ -286,7 +286,7 @@ async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed
         .expect("the database answers");
     assert_eq!(house.next_probe_s().await, 300, "the pauses begin anew");
     let failing = house.failing().await.expect("it fails");
-    assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, Some("other")));
+    assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, "other"));
     let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
     assert_eq!(house.update(name).await.version, 3);
     assert_eq!(house.probes(false, 10).await.len(), 1);

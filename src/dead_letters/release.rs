@@ -32,6 +32,8 @@ use crate::store::{Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, Repl
 const LEASE: &str = "parked letters";
 /// A worker that has died is followed after so long; one step takes less.
 const LEASE_PERIOD: Duration = Duration::from_secs(15);
+/// Between two questions for it, the holder's or another's.
+const LEASE_PAUSE: Duration = Duration::from_secs(3);
 /// Between two steps.
 const STEP: Duration = Duration::from_millis(500);
 /// Between two rounds through everything that is parked.
@@ -72,6 +74,9 @@ pub struct Releaser {
 /// What the holder of the lease remembers from step to step.
 struct Progress {
     began: Instant,
+    /// When the lease is to be asked for again.
+    ask_at: Instant,
+    held: bool,
     ramps: Ramps,
     /// Behind letters that cannot be released, so that they stop nobody else's.
     behind: HashMap<OrganizationId, Place>,
@@ -86,6 +91,8 @@ impl Progress {
         let now = Instant::now();
         Self {
             began: now,
+            ask_at: now,
+            held: false,
             ramps: Ramps::default(),
             behind: HashMap::new(),
             stuck: HashSet::new(),
@@ -123,8 +130,14 @@ impl Releaser {
     }
 
     async fn step(&self, holder: Uuid, progress: &mut Progress) -> Result<(), StoreError> {
-        if !self.store.take_lease(LEASE, holder, LEASE_PERIOD).await? {
-            *progress = Progress::new();
+        if Instant::now() >= progress.ask_at {
+            let held = self.store.take_lease(LEASE, holder, LEASE_PERIOD).await?;
+            if !held {
+                *progress = Progress::new();
+            }
+            (progress.held, progress.ask_at) = (held, Instant::now() + LEASE_PAUSE);
+        }
+        if !progress.held {
             return Ok(());
         }
         self.release(progress).await?;
@@ -189,6 +202,9 @@ impl Releaser {
     }
 
     async fn settle(&self, letters: Vec<Examined>, progress: &mut Progress) -> Result<(), StoreError> {
+        if letters.is_empty() {
+            return Ok(());
+        }
         let now = self.store.database_time().await?;
         let (mut ids, mut cut_off) = (Vec::new(), Vec::new());
         for Examined { letter, ledger, booking } in letters {
@@ -258,7 +274,7 @@ impl Releaser {
         let mut burials = Vec::new();
         for (id, taken) in taken {
             match taken {
-                ParkedTaken::Buried(burial) => burials.push(burial),
+                ParkedTaken::Buried(burial) => burials.push(*burial),
                 ParkedTaken::Copy(copy) => {
                     if let Some((letter, ready)) = outgoing.remove(&id) {
                         copies
@@ -274,7 +290,9 @@ impl Releaser {
             publishing.push(self.publish(copies));
         }
         let published: Vec<(LetterId, Turn)> = join_all(publishing).await.into_iter().flatten().collect();
-        self.store.mark_replayed(&published).await?;
+        if !published.is_empty() {
+            self.store.mark_replayed(&published).await?;
+        }
         let mut announcing = Vec::with_capacity(burials.len());
         for burial in &burials {
             announcing.push(self.announce_death(burial));
@@ -282,7 +300,10 @@ impl Releaser {
         let announced = join_all(announcing).await;
         let buried: Vec<Burial> =
             burials.into_iter().zip(announced).filter_map(|(burial, said)| said.then_some(burial)).collect();
-        self.store.mark_buried(&buried).await
+        if !buried.is_empty() {
+            self.store.mark_buried(&buried).await?;
+        }
+        Ok(())
     }
 
     /// Publishes one organization's copies, oldest first, until one fails; those that are confirmed.

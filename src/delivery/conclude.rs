@@ -8,10 +8,11 @@ use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, Settle, Settlement};
+use crate::model::parking::superseded;
 use crate::model::policy::{self, Disposition, Feedback, Progress, RetryLimits, Verdict};
 
 use super::attempt::{Report, Shut};
-use super::worker::{expired, superseded};
+use super::worker::expired;
 
 /// What is to be recorded and handed over.
 #[derive(Debug, Clone)]

@@ -17,6 +17,7 @@ use crate::model::cancelling;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
+use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -489,11 +490,6 @@ fn message_id(job: &Job, domain: &str) -> String {
     format!("<{}@{domain}>", job.key.id)
 }
 
-pub(super) fn superseded(mine: i64, newest: i64) -> String {
-    format!("sequence {mine} of its group is older than {newest}")
-}
-
 pub(super) fn expired(job: &Job) -> String {
-    let at = job.expires_at.and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
-    format!("expired at {}", at.unwrap_or_default())
+    job.expires_at.map(parking::expired).unwrap_or_default()
 }

@@ -42,8 +42,8 @@ pub struct ParkingRules {
     pub parked_for: Duration,
 }
 
-/// Decides about one parked letter. `ledger` is `None` where the ledger has no row, `booking` what is known of
-/// the letter's; `may_go`: its organization's mail flows, and it is its turn.
+/// Decides about one parked letter. `ledger` is `None` where the ledger has no row; `may_go`: its organization's mail flows, and
+/// it is its turn.
 pub fn decide(
     letter: &Letter,
     ledger: Option<&LedgerView>,
@@ -74,7 +74,7 @@ pub fn decide(
             State::Claimed | State::Deferred | State::Unknown => return Parked::Stays,
         }
     }
-    if let Some((reason, detail)) = why_dead(letter, booking, parked_for, now) {
+    if let Some((reason, detail)) = why_dead(letter, ledger, booking, parked_for, now) {
         return Parked::Dies { reason, detail };
     }
     if !may_go {
@@ -94,6 +94,7 @@ fn released(letter: &Letter) -> Option<Turn> {
 
 fn why_dead(
     letter: &Letter,
+    ledger: Option<&LedgerView>,
     booking: Booking,
     parked_for: Duration,
     now: OffsetDateTime,
@@ -101,13 +102,17 @@ fn why_dead(
     if let Some(at) = letter.expires_at.filter(|at| *at <= now) {
         return Some((Reason::Expired, expired(at)));
     }
-    if let Some(mine) = &letter.revision {
-        if let Some(newest) = booking.newest.filter(|newest| *newest > mine.sequence) {
-            return Some((Reason::Superseded, superseded(mine.sequence, newest)));
-        }
-        if booking.cancelled == Some(mine.sequence) {
-            return Some((Reason::Cancelled, cancelling::UNSENT.to_owned()));
-        }
+    let mine = letter.revision.as_ref().map(|revision| revision.sequence);
+    let called_back = ledger.is_some_and(|ledger| ledger.cancel_requested)
+        || mine.zip(booking.cancelled).is_some_and(|(mine, cancelled)| mine <= cancelled);
+    if called_back {
+        let unknowns = ledger.map_or(0, |ledger| ledger.unknowns);
+        return Some((Reason::Cancelled, cancelling::detail(unknowns).to_owned()));
+    }
+    if let Some((mine, newest)) = mine.zip(booking.newest)
+        && newest > mine
+    {
+        return Some((Reason::Superseded, superseded(mine, newest)));
     }
     (letter.died_at + parked_for <= now).then(|| {
         let why = letter.detail.as_deref().map(|detail| format!(": {detail}")).unwrap_or_default();
@@ -136,7 +141,6 @@ mod tests {
     use crate::model::letter::{LetterId, LetterState};
 
     const NOW: OffsetDateTime = datetime!(2026-11-22 20:00 UTC);
-    const BOOKING: Booking = Booking { newest: Some(7), cancelled: Some(5) };
     const DAY: Duration = Duration::from_secs(86_400);
 
     fn letter(change: impl FnOnce(&mut Letter)) -> Letter {
@@ -184,7 +188,7 @@ mod tests {
     }
 
     fn decided(letter: &Letter, ledger: Option<&LedgerView>, may_go: bool) -> Parked {
-        decide(letter, ledger, BOOKING, may_go, DAY, NOW)
+        decide(letter, ledger, Booking { newest: Some(7), cancelled: Some(3) }, may_go, DAY, NOW)
     }
 
     fn goes(turn: i32, pending: Option<Vec<u16>>, resumed: bool) -> Parked {
@@ -234,6 +238,10 @@ mod tests {
                 Reason::Superseded,
             ),
             (letter(|letter| letter.died_at = NOW - DAY), Reason::AuthFailed),
+            (
+                letter(|letter| letter.revision = Some(Revision { group: "b".into(), sequence: 3 })),
+                Reason::Cancelled,
+            ),
         ];
         for (letter, expected) in cases {
             for (ledger, may_go) in [(Some(&waits), true), (Some(&waits), false), (None, true)] {
@@ -243,6 +251,10 @@ mod tests {
                 assert_eq!(reason, expected);
             }
         }
+        // Called back where some recipients have it: the ledger's row waits.
+        let called_back = LedgerView { cancel_requested: true, ..ledger(State::Parked, 4) };
+        let dies = decided(&letter(|_| {}), Some(&called_back), true);
+        assert!(matches!(dies, Parked::Dies { reason: Reason::Cancelled, .. }), "{dies:?}");
         let newest = letter(|letter| letter.revision = Some(Revision { group: "b".into(), sequence: 7 }));
         assert_eq!(decided(&newest, Some(&waits), false), Parked::Stays);
         let too_long = letter(|letter| letter.died_at = NOW - DAY);

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::support::broker::{eventually, eventually_within};
+use crate::support::database::TestDatabase;
 use crate::support::letters::new_letter;
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
 use crate::support::world::{PASSWORD, SOON, World, job};
@@ -381,6 +382,7 @@ async fn what_dies_while_it_is_parked_is_buried_although_its_organization_still_
     let older = with(json!({"group": "booking-1", "sequence": 1}));
     let (called_back, too_long, stays) = (with(json!({})), with(json!({})), with(json!({})));
     let partly = with(json!({"to": ["a@x.example", "b@x.example"], "expires_at": soon}));
+    let began = world.database.store().database_time().await.expect("the database answers");
     let all = [&expiring, &older, &called_back, &too_long, &stays, &partly].map(Clone::clone);
     park(&world, &all).await;
     let run = async |sql: String| world.database.run(sql).await;
@@ -400,7 +402,6 @@ async fn what_dies_while_it_is_parked_is_buried_although_its_organization_still_
         id_of(&too_long)
     ))
     .await;
-    let began = world.database.store().database_time().await.expect("the database answers");
     let cases = [
         (&expiring, "email.expired", Reason::Expired, State::Dead),
         (&older, "email.dead", Reason::Superseded, State::Dead),
@@ -527,6 +528,22 @@ async fn a_letter_that_cannot_be_opened_stays_and_stops_nobody_else() {
     assert_eq!(worker.log().matches(complaint).count(), 1);
     worker.stop().await;
     world.end().await;
+}
+
+#[tokio::test]
+async fn a_lease_has_one_holder_until_it_ends_or_is_given_back() {
+    let database = TestDatabase::migrated().await;
+    let (store, period) = (database.store(), Duration::from_secs(60));
+    let [one, other] = [1, 2].map(Uuid::from_u128);
+    let take = async |holder| store.take_lease("x", holder, period).await.expect("the database answers");
+    assert!(take(one).await && take(one).await, "taken, and renewed");
+    assert!(!take(other).await);
+    store.give_back_lease("x", other).await.expect("the database answers");
+    assert!(!take(other).await, "it was not the other's to give back");
+    database.run("UPDATE leases SET expires_at = now()").await;
+    assert!(take(other).await && !take(one).await);
+    store.give_back_lease("x", other).await.expect("the database answers");
+    assert!(take(one).await);
 }
 
 #[tokio::test]

@@ -120,7 +120,7 @@ pub enum ParkedTaken {
     /// Its release: the copy is to be published.
     Copy(ReplayCopy),
     /// Its death: to be announced.
-    Buried(Burial),
+    Buried(Box<Burial>),
 }
 
 /// A message that died while it was parked.
@@ -289,7 +289,7 @@ async fn take(
         taken.insert(held.letter.letter, ParkedTaken::Copy(copy));
     }
     for (held, burial) in dying.into_iter().chain(dead) {
-        taken.insert(held.letter.letter, ParkedTaken::Buried(burial));
+        taken.insert(held.letter.letter, ParkedTaken::Buried(Box::new(burial)));
     }
     Ok(taken)
 }
@@ -393,18 +393,18 @@ async fn record_deaths(session: &mut PgConnection, dying: &[(Held, Burial)]) -> 
         return Ok(());
     }
     let dead = |burial: &Burial| burial.partly_sent.is_none();
+    let state = |burial: &Burial| match burial.reason {
+        _ if !dead(burial) => State::Sent,
+        Reason::Cancelled => State::Cancelled,
+        _ => State::Dead,
+    };
     let refused = known
         .iter()
         .map(|(_, burial)| burial.partly_sent.as_ref().map(|partly| json(&partly.refused)).transpose());
     sqlx::query(DIE)
         .bind(known.iter().map(|(key, _)| key.id).collect::<Vec<_>>())
         .bind(known.iter().map(|(key, _)| organization_text(key)).collect::<Vec<_>>())
-        .bind(
-            known
-                .iter()
-                .map(|(_, b)| if dead(b) { State::Dead } else { State::Sent }.as_str())
-                .collect::<Vec<_>>(),
-        )
+        .bind(known.iter().map(|(_, b)| state(b).as_str()).collect::<Vec<_>>())
         .bind(known.iter().map(|(_, b)| dead(b).then(|| b.reason.as_str())).collect::<Vec<_>>())
         .bind(
             known

@@ -27,10 +27,10 @@ macro_rules! ledger_columns {
         concat!(
             "j.state AS job_state, j.turn AS job_turn, j.unknowns AS job_unknowns, j.reason AS job_reason,
     j.pending AS job_pending, j.refused AS job_refused, j.attempts AS job_attempts, j.replayed_at AS job_replayed_at,
-    (j.body_hash IS NULL OR j.body_hash = d.body_hash) AS same_body, j.cancel_requested AS job_cancel_requested,
-    g.sequence AS newest_sequence, g.cancelled AS cancelled_sequence,
     j.detail AS job_detail, j.partly_sent AS job_partly_sent, j.message_id AS job_message_id,
     j.history -> -1 ->> 'transport' AS job_transport,
+    (j.body_hash IS NULL OR j.body_hash = d.body_hash) AS same_body, j.cancel_requested AS job_cancel_requested,
+    g.sequence AS newest_sequence, g.cancelled AS cancelled_sequence,
     CASE WHEN j.state = 'claimed' THEN EXISTS (
         SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())

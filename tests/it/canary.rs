@@ -541,7 +541,7 @@ fn no_public_type_shows_what_it_holds() {
     let settings = Settings::from_sources(&sources, Needs::ALL);
     let account = Arc::new(account);
     let stored = StoredAccount::Ready { version: 1, account: account.clone() };
-    let facts = RouteFacts { custom_smtp: true, account: stored.clone() };
+    let facts = RouteFacts { health: Default::default(), custom_smtp: true, account: stored.clone() };
     let mut collected = Collected::default();
     collected.add("Credentials", format!("{:?} {:#?}", credentials(), credentials()));
     collected.add("SmtpAccount", format!("{account:?} {account:#?}"));

@@ -41,5 +41,8 @@ CREATE TABLE test_times (
     at              timestamptz[] NOT NULL
 );
 
+-- A release moves it on by the time that the job was parked: its age goes on as if it had not been.
+COMMENT ON COLUMN jobs.replayed_at IS 'When it was last replayed, or from when its age counts since it was released; else first_at counts.';
+
 -- The release takes an organization's letters oldest first.
 CREATE INDEX dead_letters_parked ON dead_letters (organization_id, died_at, letter) WHERE state = 'parked';

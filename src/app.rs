@@ -14,18 +14,21 @@ use crate::broker::Broker;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Control, ControlRules};
-use crate::dead_letters::{self, Archivist};
+use crate::dead_letters::{self, Archivist, Releaser};
+use crate::delivery::blame::Blames;
 use crate::delivery::database::DatabaseWatch;
 use crate::delivery::debts::Debts;
 use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
+use crate::delivery::probing::Prober;
 use crate::delivery::quarantine::Quarantine;
 use crate::delivery::settle::Desk;
 use crate::delivery::worker::{Limits, Worker};
 use crate::fault;
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
+use crate::model::parking::ParkingRules;
 use crate::model::policy::RetryLimits;
 use crate::parts;
 use crate::secrets::KeyRing;
@@ -136,12 +139,12 @@ struct Running {
     readiness: Readiness,
     shutdown: Shutdown,
     clock: Clock,
+    connector: SmtpConnector,
     pool: Pool,
     dispatcher: Dispatcher,
     configs: SmtpConfigs,
     keys: Arc<KeyRing>,
     key_missing: Arc<Notify>,
-    connector: SmtpConnector,
     broker: crate::broker::BrokerSettings,
 }
 
@@ -232,6 +235,11 @@ impl Running {
             self.shutdown.clone(),
         ));
         tasks.spawn(beside::count_dead_letters(self.store.clone(), self.shutdown.clone()));
+        tasks.spawn(beside::count_parked_organizations(
+            self.store.clone(),
+            for_all(settings),
+            self.shutdown.clone(),
+        ));
         let pausing = tokio::spawn(lanes::pause_without_database(
             broker.clone(),
             database.clone(),
@@ -243,6 +251,8 @@ impl Running {
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         self.serve_commands(settings, &broker);
+        tasks.spawn(Prober { worker: worker.clone(), connector: self.connector.clone() }.run());
+        tasks.spawn(self.releaser(settings, &broker).run());
         let lanes = serve_lanes(settings, &worker, &broker)?;
 
         self.shutdown.stop_taking().await;
@@ -275,7 +285,10 @@ impl Running {
     ) -> Worker {
         let retry =
             RetryLimits { schedule: settings.retry.schedule.clone(), max_age: settings.retry.max_age };
+        let blames =
+            Blames { configs: self.configs.clone(), cache: configs.clone(), database: database.clone() };
         Worker {
+            blames,
             desk: Desk {
                 ledger: ledger.clone(),
                 store: self.store.clone(),
@@ -296,10 +309,7 @@ impl Running {
             key_missing: self.key_missing.clone(),
             platform: settings.platform.as_ref().map(|platform| Arc::new(platform.account.clone())),
             limits: Limits {
-                wire: WireLimits {
-                    max_recipients: settings.limits.max_recipients,
-                    max_message_bytes: settings.limits.max_message_bytes,
-                },
+                wire: wire_limits(settings),
                 retry,
                 attempt_timeout: settings.smtp.attempt_timeout,
                 custom_smtp: settings.delivery.custom_smtp,
@@ -320,9 +330,22 @@ impl Running {
         }
     }
 
+    fn releaser(&self, settings: &Settings, broker: &Broker) -> Releaser {
+        Releaser {
+            store: self.store.clone(),
+            archive: DeadLetters::new(self.store.clone(), self.keys.clone()),
+            publisher: broker.publisher(),
+            lanes: settings.amqp.lanes.clone(),
+            limits: wire_limits(settings),
+            rules: ParkingRules { for_all: for_all(settings), parked_for: settings.retry.parked_for },
+            clock: self.clock.clone(),
+            shutdown: self.shutdown.clone(),
+        }
+    }
+
     fn serve_commands(&self, settings: &Settings, broker: &Broker) {
         let rules = ControlRules {
-            custom_smtp_for_all: settings.delivery.custom_smtp == CustomSmtp::All,
+            custom_smtp_for_all: for_all(settings),
             allowed_users: settings.control.allowed_users.clone(),
             tests_per_minute: settings.control.tests_per_minute,
         };
@@ -348,6 +371,18 @@ impl Running {
                 response.to_json()
             }
         });
+    }
+}
+
+/// Whether every organization may use a server of its own, with or without the feature flag.
+fn for_all(settings: &Settings) -> bool {
+    settings.delivery.custom_smtp == CustomSmtp::All
+}
+
+fn wire_limits(settings: &Settings) -> WireLimits {
+    WireLimits {
+        max_recipients: settings.limits.max_recipients,
+        max_message_bytes: settings.limits.max_message_bytes,
     }
 }
 

@@ -23,6 +23,8 @@ const KEY_PAUSE: Duration = Duration::from_secs(10);
 const GAUGE_PAUSE: Duration = Duration::from_secs(1);
 /// How often the letters in the archive are counted.
 const COUNT_PAUSE: Duration = Duration::from_secs(60);
+/// How often the failing organizations are counted: there are few.
+const FAILING_PAUSE: Duration = Duration::from_secs(5);
 /// How often ledger and archive are looked through for what has become old enough to be forgotten.
 const SWEEP_PAUSE: Duration = Duration::from_secs(60);
 /// While there is more to forget: the rest after each slice, in times of what the slice took. The database spends a fifth of
@@ -124,6 +126,19 @@ pub(super) async fn count_dead_letters(store: Store, shutdown: Shutdown) {
         tokio::select! {
             () = shutdown.stop_now() => return,
             () = tokio::time::sleep(COUNT_PAUSE) => {}
+        }
+    }
+}
+
+/// Keeps the gauge of the organizations whose mail is parked true.
+pub(super) async fn count_parked_organizations(store: Store, for_all: bool, shutdown: Shutdown) {
+    loop {
+        match store.failing_count(for_all).await {
+            Ok(count) => telemetry::organizations_parked(usize::try_from(count).unwrap_or(usize::MAX)),
+            Err(error) => tracing::debug!(%error, "the failing organizations could not be counted now"),
+        }
+        if !rested(FAILING_PAUSE, &shutdown).await {
+            return;
         }
     }
 }

@@ -19,6 +19,9 @@ use super::topology;
 
 /// RabbitMQ's pseudo-queue: replies reach this channel without a queue being declared.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+/// AMQP 0-9-1's delivery mode for what need not outlive the broker: a command may carry a password, and is not to be written
+/// to the broker's disk for the sake of a caller who waits for seconds.
+const TRANSIENT: u8 = 1;
 /// Beyond a command's own deadline: opening channels, and the look at who takes commands.
 const SLACK: Duration = Duration::from_secs(5);
 /// For a job to be confirmed.
@@ -43,7 +46,8 @@ pub enum RpcError {
     },
 }
 
-/// Sends a command, the JSON of contract section 4, and returns the reply's JSON. The command expires with the wait.
+/// Sends a command, the JSON of contract section 4, and returns the reply's JSON. The command is transient, and
+/// expires with the wait.
 ///
 /// # Errors
 /// [`RpcError`]; after a `Timeout` the command may have been carried out all the same.
@@ -77,6 +81,7 @@ async fn call_on(
 
     let mut properties = lapin::BasicProperties::default()
         .with_content_type("application/json".into())
+        .with_delivery_mode(TRANSIENT)
         .with_reply_to(DIRECT_REPLY_TO.into())
         .with_correlation_id("1".into())
         .with_expiration(timeout.as_millis().to_string().into());

@@ -12,6 +12,7 @@ mod org;
 mod output;
 mod password;
 mod run;
+mod schema;
 mod story;
 mod topology;
 mod user;
@@ -71,6 +72,9 @@ enum Command {
     /// The keys that stored credentials and dead letters are encrypted under
     #[command(subcommand)]
     Keys(keys::KeysCommand),
+    /// JSON Schemas of jobs, commands and events, and the AsyncAPI document
+    #[command(subcommand)]
+    Schema(schema::SchemaCommand),
 }
 
 /// Parses the arguments, and does what they say. `worker` is given the settings and the drain timeout, and ends when the
@@ -121,6 +125,7 @@ where
         Command::Keys(keys::KeysCommand::Generate(args)) => keys::generate(&args),
         Command::Keys(keys::KeysCommand::Status(args)) => keys::status::run(&args, &load(Needs::ALL)?).await,
         Command::Keys(keys::KeysCommand::Rotate(args)) => keys::rotate::run(&args, &load(Needs::ALL)?).await,
+        Command::Schema(command) => schema::run(&command, &load(Needs::NOTHING)?),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::model::address::mask_addresses;
 use crate::model::event::RefusedRecipient;
 use crate::model::failure::{Phase, Reason};
 use crate::model::ledger::{AttemptRecord, JobStatus, State};
+use crate::model::organization::OrganizationId;
 use crate::store::DEAD_AFTER;
 
 /// Text from outside for a person: harmless, and its addresses masked.
@@ -133,7 +134,7 @@ fn standing(status: &JobStatus, now: OffsetDateTime) -> String {
         ),
         State::Claimed => format!("A worker took it up at {since} and has it now."),
         State::Deferred if status.reason.is_none() && status.attempts > 0 => {
-            format!("It was replayed at {since}, and its first attempt after that is to come.")
+            format!("It was replayed or released at {since}, and its first attempt after that is to come.")
         }
         State::Deferred => match status.next_attempt_at {
             Some(at) if at > now => format!("It waits for its next attempt, at {}{why}.", moment(at, now)),
@@ -159,7 +160,7 @@ fn what_next(status: &JobStatus) -> Option<String> {
         State::Sent | State::Cancelled => return None,
         State::Claimed => "Next: the worker records what came of the attempt.".to_owned(),
         State::Deferred => "Next: its copy comes back to the lane, and a worker tries again.".to_owned(),
-        State::Parked => "Next: it goes back to its lane by itself once the configuration works.".to_owned(),
+        State::Parked => parked_next(status.key.organization.as_ref()),
         State::Dead => {
             let advice = advice(status.reason.unwrap_or(Reason::Internal), id);
             format!("Next: nothing by itself; {advice}.")
@@ -169,6 +170,18 @@ fn what_next(status: &JobStatus) -> Option<String> {
             DEAD_AFTER.as_secs()
         ),
     })
+}
+
+/// What becomes of a parked job or letter.
+pub(super) fn parked_next(organization: Option<&OrganizationId>) -> String {
+    let next =
+        "Next: it goes back to its lane by itself once the organization's configuration works or is deleted";
+    match organization {
+        Some(organization) => {
+            format!("{next}; `sendoff org smtp show {organization}` tells how that stands.")
+        }
+        None => format!("{next}."),
+    }
 }
 
 /// What a person may do about a job or a letter that died, to be read after "next".
@@ -328,7 +341,15 @@ mod tests {
         waits.next_attempt_at = Some(NOW - Duration::minutes(5));
         assert!(job(&waits, NOW)[0].starts_with("Its next attempt is due since"));
         let replayed = job(&status(State::Deferred, None), NOW);
-        assert!(replayed[0].starts_with("It was replayed at 2030-01-07T06:00:00Z"), "{replayed:?}");
+        assert!(
+            replayed[0].starts_with("It was replayed or released at 2030-01-07T06:00:00Z"),
+            "{replayed:?}"
+        );
+        let mut parked = status(State::Parked, Some(Reason::AuthFailed));
+        parked.key.organization = Some(OrganizationId::from_integer(42));
+        let words = job(&parked, NOW);
+        assert!(words[0].contains("because the server refused user name or password"), "{words:?}");
+        assert!(words[1].contains("by itself") && words[1].contains("org smtp show 42"), "{words:?}");
         let held = job(&status(State::Dead, Some(Reason::UnknownOutcome)), NOW);
         assert!(held[1].contains("--resend-unknown"), "{held:?}");
     }

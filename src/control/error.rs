@@ -8,6 +8,8 @@ use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::egress::EgressError;
+use crate::model::advice;
+use crate::model::failure::Reason;
 use crate::store::{ChangeError, StoreError};
 
 macro_rules! codes {
@@ -131,10 +133,12 @@ impl ControlError {
 
     pub(super) fn not_allowed() -> Self {
         Self::new(Code::NotAllowed, "The AMQP property user_id is missing, or its user may not give commands")
+            .hint("Ask the operator of this installation to list the user in control.allowed_users.")
     }
 
     pub(super) fn feature_disabled() -> Self {
         Self::new(Code::FeatureDisabled, "Custom SMTP is not enabled for this organization")
+            .hint("Have it enabled first: the feature is custom-smtp-for-orgs.")
     }
 
     pub(super) fn already_exists() -> Self {
@@ -143,7 +147,7 @@ impl ControlError {
     }
 
     pub(super) fn config_not_found() -> Self {
-        Self::new(Code::NotFound, "SMTP configuration not found")
+        Self::new(Code::NotFound, "SMTP configuration not found").hint("Create one first.")
     }
 
     pub(super) fn conflict(current: i64) -> Self {
@@ -188,6 +192,7 @@ impl ControlError {
 
     pub(super) fn internal() -> Self {
         Self::new(Code::Internal, "Sendoff could not carry out the command; its log tells why")
+            .hint(advice::of_reason(Reason::Internal))
     }
 
     /// Other commands got in between, again and again.
@@ -242,23 +247,13 @@ impl From<ChangeError> for ControlError {
 impl From<EgressError> for ControlError {
     fn from(error: EgressError) -> Self {
         let message = error.to_string();
-        let (code, field, hint) = match error {
-            EgressError::HostNotPublic { .. } => (
-                Code::HostNotPublic,
-                "host",
-                "Give the name under which the server is reached from the internet.",
-            ),
-            EgressError::PortNotAllowed { .. } => {
-                (Code::PortNotAllowed, "port", "Most servers take mail on 587 (STARTTLS) or 465 (TLS).")
-            }
-            EgressError::HostNotFound => (Code::HostNotFound, "host", "Check the spelling of the host name."),
-            EgressError::DnsFailed { .. } => (
-                Code::DnsFailed,
-                "host",
-                "Try again in a minute; if it stays, check the domain's name servers.",
-            ),
+        let (code, field, reason) = match error {
+            EgressError::HostNotPublic { .. } => (Code::HostNotPublic, "host", Reason::HostNotPublic),
+            EgressError::PortNotAllowed { .. } => (Code::PortNotAllowed, "port", Reason::PortNotAllowed),
+            EgressError::HostNotFound => (Code::HostNotFound, "host", Reason::HostNotFound),
+            EgressError::DnsFailed { .. } => (Code::DnsFailed, "host", Reason::DnsFailed),
         };
-        Self::new(code, message).field(field).hint(hint)
+        Self::new(code, message).field(field).hint(advice::of_reason(reason))
     }
 }
 

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::model::event::RefusedRecipient;
-use crate::model::failure::{Failure, Phase, Reason, Reply, Transaction, TransactionOutcome};
+use crate::model::failure::{Failure, Fault, Phase, Reason, Reply, Transaction, TransactionOutcome};
+use crate::model::health::Blamed;
 use crate::model::job::Job;
 use crate::model::ledger::{AttemptRecord, Claimed};
 use crate::model::policy::{self, Feedback, Verdict};
@@ -45,6 +46,10 @@ pub struct Report {
     pub later: Vec<u16>,
     /// What the failure means, when there was one.
     pub verdict: Option<Verdict>,
+    /// What became of the organization's configuration, where that was at fault.
+    pub blamed: Option<Blamed>,
+    /// The failure that the verdict is about.
+    pub failure: Option<Failure>,
     /// Set when the gate was shut: then nothing was sent by this attempt's last transaction.
     pub shut: Option<Shut>,
     /// The server's last reply.
@@ -69,6 +74,7 @@ impl Report {
                 Outcome::Worked
             }
             Some(Verdict::Retry { feedback, .. }) => Outcome::Failed(feedback),
+            Some(Verdict::Account(_)) if self.blamed.is_some() => Outcome::Refused,
             Some(Verdict::Account(_) | Verdict::Fresh) => Outcome::Nothing,
             Some(Verdict::Unknown) => Outcome::Failed(Feedback::Narrow),
         }
@@ -85,6 +91,11 @@ impl Report {
             None if !self.refused.is_empty() => Some(Reason::RecipientsRefused),
             None => None,
         }
+    }
+
+    /// Whether the server answered to the connection.
+    pub fn reached(&self) -> bool {
+        self.address.is_some() && !matches!(self.phase, Some(Phase::Resolve | Phase::Connect))
     }
 
     /// How the attempt is counted.
@@ -117,6 +128,7 @@ impl Report {
         if let Some(reply) = failure.reply() {
             self.reply = Some(reply.clone());
         }
+        self.failure = Some(failure.clone());
     }
 
     fn take(&mut self, transaction: &Transaction, assessment: policy::Assessment) {
@@ -135,6 +147,7 @@ impl Report {
             self.detail = Some(format!("recipient {index} was refused: {reply}"));
             if self.accepted.is_empty() {
                 self.reply = Some(reply.clone());
+                self.failure = Some(Failure::new(Phase::Rcpt, Fault::Reply(reply.clone())));
             }
         }
         if assessment.verdict.is_some() {
@@ -266,7 +279,12 @@ pub async fn send(
             so_far.unknown = report.verdict == Some(Verdict::Unknown);
         });
         if todo.is_empty() {
-            session.release();
+            // What the account is refused on this connection it may be granted on another.
+            if matches!(report.verdict, Some(Verdict::Account(_))) {
+                session.close()
+            } else {
+                session.release()
+            }
             break;
         }
         kept = Some(session);

@@ -8,10 +8,11 @@ use crate::model::event::RefusedRecipient;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claimed, Settle, Settlement};
+use crate::model::parking::superseded;
 use crate::model::policy::{self, Disposition, Feedback, Progress, RetryLimits, Verdict};
 
 use super::attempt::{Report, Shut};
-use super::worker::{expired, superseded};
+use super::worker::expired;
 
 /// What is to be recorded and handed over.
 #[derive(Debug, Clone)]
@@ -71,6 +72,8 @@ pub fn conclude(
         expires_at: job.expires_at,
         on_unknown: job.on_unknown,
         platform,
+        blamed: report.blamed,
+        last: claimed.reason,
     };
     let (reason, detail) = match report.shut {
         Some(Shut::Expired) => (Reason::Expired, expired(job)),
@@ -85,6 +88,16 @@ pub fn conclude(
             match policy::decide(verdict, &progress, limits, now) {
                 Disposition::Retry { reason, wait } => {
                     conclusion.settlement = Settlement::Deferred { reason, wait };
+                    return conclusion;
+                }
+                Disposition::Spared { reason, wait } => {
+                    conclusion.spared += 1;
+                    conclusion.settlement = Settlement::Deferred { reason, wait };
+                    return conclusion;
+                }
+                Disposition::Park { reason } => {
+                    conclusion.spared += 1;
+                    conclusion.settlement = parked(reason, &conclusion.detail);
                     return conclusion;
                 }
                 Disposition::Dead { reason, cause } => (reason, last_words(cause, &conclusion.detail)),
@@ -103,6 +116,35 @@ pub fn conclude_unattempted(job: &Job, claimed: &Claimed, reason: Reason, detail
     conclusion
 }
 
+/// Concludes a claimed job that is not attempted, for its organization's configuration fails for this reason.
+pub fn conclude_parked(
+    job: &Job,
+    claimed: &Claimed,
+    reason: Reason,
+    limits: &RetryLimits,
+    now: OffsetDateTime,
+) -> Conclusion {
+    let progress = Progress {
+        attempts: claimed.attempts.saturating_sub(claimed.spared),
+        unknowns: claimed.unknowns,
+        counted_from: claimed.counted_from(),
+        expires_at: job.expires_at,
+        on_unknown: job.on_unknown,
+        platform: false,
+        blamed: None,
+        last: claimed.reason,
+    };
+    let detail = format!("the organization's SMTP configuration does not work ({reason}); nothing was tried");
+    match policy::park(reason, &progress, limits, now) {
+        Disposition::Dead { reason, cause } => {
+            conclude_unattempted(job, claimed, reason, last_words(cause, &detail))
+        }
+        Disposition::Park { .. } | Disposition::Retry { .. } | Disposition::Spared { .. } => {
+            Conclusion { settlement: parked(reason, &detail), detail, ..Conclusion::released(claimed) }
+        }
+    }
+}
+
 /// The positions that a claimed job is still to be sent to.
 pub fn recipients(job: &Job, claimed: &Claimed) -> Vec<u16> {
     claimed.pending.clone().unwrap_or_else(|| (0..).take(job.recipient_count()).collect())
@@ -118,13 +160,20 @@ pub fn settle_of(key: &JobKey, claimed: &Claimed, conclusion: &Conclusion) -> Se
         attempts: conclusion.attempts,
         spared: conclusion.spared,
         unknowns: conclusion.unknowns,
-        message_id: claimed.message_id.clone(),
+        message_id: message_id(claimed, conclusion),
         pending: conclusion.pending.clone(),
         refused: conclusion.refused.clone(),
         partly_sent: conclusion.partly_sent,
         reply: None,
         attempt: None,
     }
+}
+
+/// The first attempt's From makes it, and what is parked without one may be sent from another.
+fn message_id(claimed: &Claimed, conclusion: &Conclusion) -> String {
+    let parked = matches!(conclusion.settlement, Settlement::Parked { .. });
+    let untried = conclusion.attempts == 0 && claimed.crashes == 0;
+    if parked && untried { String::new() } else { claimed.message_id.clone() }
 }
 
 impl Conclusion {
@@ -168,6 +217,10 @@ impl Conclusion {
 
 fn dead(reason: Reason, detail: &str) -> Settlement {
     Settlement::Dead { reason, detail: detail.to_owned() }
+}
+
+fn parked(reason: Reason, detail: &str) -> Settlement {
+    Settlement::Parked { reason, detail: detail.to_owned() }
 }
 
 fn last_words(cause: Option<Reason>, detail: &str) -> String {

@@ -6,6 +6,7 @@ use time::macros::datetime;
 
 use super::*;
 use crate::broker::wire::{WireLimits, parse_job};
+use crate::model::health::Blamed;
 use crate::model::ledger::{Incarnation, Turn};
 use crate::model::schedule::Schedule;
 
@@ -26,6 +27,7 @@ fn claimed() -> Claimed {
         spared: 0,
         first_at: NOW,
         replayed_at: None,
+        reason: None,
         now: NOW,
         message_id: "<1@x.example>".into(),
         pending: None,
@@ -97,7 +99,11 @@ fn a_job_that_nobody_accepted_is_dead() {
 
 #[test]
 fn a_gate_that_was_shut_for_good_ends_the_job_with_its_reason() {
-    for (shut, reason) in [(Shut::Expired, Reason::Expired), (Shut::Superseded(7), Reason::Superseded)] {
+    for (shut, reason) in [
+        (Shut::Expired, Reason::Expired),
+        (Shut::Superseded(7), Reason::Superseded),
+        (Shut::Cancelled, Reason::Cancelled),
+    ] {
         let report = Report { later: vec![0, 1, 2], shut: Some(shut), ..Report::default() };
         let conclusion = concluded(&claimed(), &report);
         assert!(
@@ -105,6 +111,17 @@ fn a_gate_that_was_shut_for_good_ends_the_job_with_its_reason() {
             "{shut:?}"
         );
     }
+}
+
+#[test]
+fn a_job_that_is_called_back_between_two_transactions_is_sent_to_those_who_have_it() {
+    let report =
+        Report { accepted: vec![0], later: vec![1, 2], shut: Some(Shut::Cancelled), ..Report::default() };
+    let conclusion = concluded(&claimed(), &report);
+    assert!(matches!(conclusion.settlement, Settlement::Sent));
+    let given_up: Vec<(u16, Reason)> =
+        conclusion.refused.iter().map(|refused| (refused.index, refused.reason)).collect();
+    assert_eq!(given_up, [(1, Reason::Cancelled), (2, Reason::Cancelled)]);
 }
 
 #[test]
@@ -144,4 +161,42 @@ fn a_replayed_job_has_its_retries_and_its_age_anew_and_keeps_the_count_of_its_at
     let conclusion = concluded(&replayed, &report());
     assert!(matches!(conclusion.settlement, Settlement::Deferred { .. }));
     assert_eq!(conclusion.attempts, 3);
+}
+
+#[test]
+fn a_job_parked_by_its_attempt_keeps_its_retries_and_its_message_id() {
+    let failing = Some(Blamed::Failing { just_now: true });
+    let before = Claimed { attempts: 1, pending: Some(vec![1, 2]), partly_sent: true, ..claimed() };
+    let report = Report {
+        later: vec![1, 2],
+        verdict: Some(Verdict::Account(Reason::AuthFailed)),
+        blamed: failing,
+        detail: Some("at auth: no".into()),
+        ..Report::default()
+    };
+    let conclusion = concluded(&before, &report);
+    let Settlement::Parked { reason, detail } = &conclusion.settlement else { panic!("{conclusion:?}") };
+    assert_eq!((*reason, detail.as_str()), (Reason::AuthFailed, "at auth: no"));
+    assert_eq!((conclusion.attempts, conclusion.spared, &conclusion.pending), (2, 1, &Some(vec![1, 2])));
+    assert_eq!(settle_of(&job().key, &before, &conclusion).message_id, "<1@x.example>");
+
+    let noted = concluded(&before, &Report { blamed: Some(Blamed::Noted), ..report });
+    assert!(matches!(noted.settlement, Settlement::Deferred { .. }));
+    assert_eq!((noted.attempts, noted.spared), (2, 1));
+}
+
+#[test]
+fn a_job_parked_before_its_first_attempt_has_no_message_id_and_one_past_its_age_is_dead() {
+    let limits = RetryLimits { schedule: Schedule::new(vec![10]), max_age: Duration::from_secs(3600) };
+    let parked = |claimed: &Claimed, now| conclude_parked(&job(), claimed, Reason::TlsFailed, &limits, now);
+    let message_id = |claimed: &Claimed| settle_of(&job().key, claimed, &parked(claimed, NOW)).message_id;
+    let untried = parked(&claimed(), NOW);
+    assert!(matches!(untried.settlement, Settlement::Parked { reason: Reason::TlsFailed, .. }));
+    assert_eq!((untried.attempts, untried.spared), (0, 0));
+    assert_eq!(message_id(&claimed()), "");
+    assert_eq!(message_id(&Claimed { attempts: 1, ..claimed() }), "<1@x.example>");
+    assert_eq!(message_id(&Claimed { crashes: 1, ..claimed() }), "<1@x.example>", "it may have been sent");
+    let late = parked(&claimed(), NOW + Duration::from_secs(3601));
+    assert!(matches!(late.settlement, Settlement::Dead { reason: Reason::RetriesExhausted, .. }));
+    assert!(late.detail.contains("last cause tls_failed"), "{}", late.detail);
 }

@@ -101,6 +101,10 @@ impl Window {
         match result {
             Outcome::Worked => self.succeed(now),
             Outcome::Nothing | Outcome::Failed(Feedback::Neutral) => {}
+            Outcome::Refused => {
+                self.size = 1;
+                self.successes = 0;
+            }
             Outcome::Failed(Feedback::Narrow) => {
                 self.size = (self.size / 2).max(1);
                 self.successes = 0;
@@ -109,9 +113,9 @@ impl Window {
             Outcome::Failed(Feedback::Unreachable) => self.fail_to_connect(now),
         }
         // A probe that said nothing leaves the question open: the next job asks it again.
-        if let (Breaker::Probing { pause }, Outcome::Nothing | Outcome::Failed(Feedback::Neutral)) =
-            (self.breaker, result)
-        {
+        let says_nothing =
+            matches!(result, Outcome::Nothing | Outcome::Refused | Outcome::Failed(Feedback::Neutral));
+        if let (Breaker::Probing { pause }, true) = (self.breaker, says_nothing) {
             self.breaker = Breaker::Open { until: now, pause };
         }
     }
@@ -173,6 +177,8 @@ pub enum Outcome {
     Worked,
     /// The attempt never got there.
     Nothing,
+    /// The account was refused: one at a time, until it is known whether for good.
+    Refused,
     /// It failed in this way.
     Failed(Feedback),
 }
@@ -188,6 +194,19 @@ mod tests {
     fn worked(window: &mut Window, now: Instant) {
         assert_eq!(window.start(now), Admission::Granted);
         window.finish(Outcome::Worked, TOOK, now);
+    }
+
+    #[test]
+    fn a_refused_account_is_tried_one_at_a_time() {
+        let now = Instant::now();
+        let mut window = Window::new(8, now);
+        worked(&mut window, now);
+        worked(&mut window, now);
+        assert_eq!([window.start(now), window.start(now)], [Admission::Granted; 2]);
+        window.finish(Outcome::Refused, TOOK, now);
+        assert_eq!(window.start(now), Admission::Wait, "the other one is still under way");
+        window.finish(Outcome::Worked, TOOK, now);
+        assert_eq!([window.start(now), window.start(now)], [Admission::Granted; 2]);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
 pub mod attempt;
-pub mod conclude;
+pub mod blame;
+mod conclude;
 pub mod database;
 pub mod debts;
 pub mod destination;
@@ -10,6 +11,7 @@ pub mod dispatch;
 mod gatekeeping;
 pub mod in_hand;
 pub mod lanes;
+pub mod probing;
 pub mod quarantine;
 mod recovery;
 pub mod route;

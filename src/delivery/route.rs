@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::model::failure::Reason;
+use crate::model::health::Health;
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
@@ -17,6 +18,8 @@ pub struct Route {
     pub destination: Destination,
     /// How to reach it and in whose name.
     pub account: Arc<SmtpAccount>,
+    /// What is known of the organization's configuration; nothing of the platform's.
+    pub health: Health,
 }
 
 /// Why there is no server for a job.
@@ -26,6 +29,27 @@ pub enum NoServer {
     Dead(Reason),
     /// The worker's key ring lacks the key with this id: the worker's fault, so the job waits.
     KeyMissing(String),
+    /// The organization's configuration fails for this reason: its mail is parked.
+    Failing(Reason),
+    /// The credentials of this version of the configuration do not open.
+    Unreadable {
+        /// The version.
+        version: i64,
+    },
+}
+
+/// Said of a job for which there is no server at all.
+pub const NONE: &str = "the organization has no SMTP configuration in use and the platform has no server";
+
+/// Whether two routes lead to the same server, or to none for the same reason that still holds.
+pub fn is_same(one: &Result<Route, NoServer>, other: &Result<Route, NoServer>) -> bool {
+    match (one, other) {
+        (Ok(one), Ok(other)) => one.destination == other.destination,
+        // Held against the configuration, it becomes another reason.
+        (Err(NoServer::Unreadable { .. }), _) => false,
+        (Err(one), Err(other)) => one == other,
+        (Ok(_), Err(_)) | (Err(_), Ok(_)) => false,
+    }
 }
 
 /// Picks the server for a job. `own` is an organization with what is stored about it; `None`: a job of the platform.
@@ -40,27 +64,29 @@ pub fn route(
     if let Some((id, facts)) = own
         && (facts.custom_smtp || mode == CustomSmtp::All)
     {
-        match &facts.account {
-            StoredAccount::Ready { version, account } => {
-                let destination = Destination::Organization { id: id.clone(), version: *version };
-                return Ok(Route { destination, account: account.clone() });
-            }
-            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { id }, .. } => {
+        match (&facts.account, facts.health.failing) {
+            (StoredAccount::Unreadable { cause: Unreadable::UnknownKey { id }, .. }, _) => {
                 return Err(NoServer::KeyMissing(id.clone()));
             }
-            StoredAccount::Unreadable { .. } => return Err(NoServer::Dead(Reason::ConfigUnreadable)),
-            StoredAccount::None => {}
+            (StoredAccount::None, _) => {}
+            (_, Some(reason)) => return Err(NoServer::Failing(reason)),
+            (StoredAccount::Ready { version, account }, None) => {
+                let destination = Destination::Organization { id: id.clone(), version: *version };
+                return Ok(Route { destination, account: account.clone(), health: facts.health });
+            }
+            (StoredAccount::Unreadable { version, .. }, None) => {
+                return Err(NoServer::Unreadable { version: *version });
+            }
         }
     }
     let account = platform.ok_or(NoServer::Dead(Reason::ConfigMissing))?.clone();
-    Ok(Route { destination: Destination::Platform, account })
+    Ok(Route { destination: Destination::Platform, account, health: Health::default() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::address::Mailbox;
-    use crate::model::health::Health;
     use crate::model::smtp_settings::TlsMode;
 
     fn account(from: &str) -> Arc<SmtpAccount> {
@@ -74,9 +100,19 @@ mod tests {
     }
 
     fn taken(flag: bool, own: StoredAccount, mode: CustomSmtp, platform: bool) -> Result<String, NoServer> {
+        routed(flag, own, Health::default(), mode, platform)
+    }
+
+    fn routed(
+        flag: bool,
+        own: StoredAccount,
+        health: Health,
+        mode: CustomSmtp,
+        platform: bool,
+    ) -> Result<String, NoServer> {
         let id = OrganizationId::parse("acme").unwrap();
         let platform = platform.then(|| account("platform@example.com"));
-        let facts = RouteFacts { custom_smtp: flag, account: own, health: Health::default() };
+        let facts = RouteFacts { custom_smtp: flag, account: own, health };
         route(Some((&id, &facts)), mode, platform.as_ref()).map(|r| r.account.from.email.domain().to_owned())
     }
 
@@ -96,12 +132,29 @@ mod tests {
         let unreadable = || StoredAccount::Unreadable { version: 1, cause: Unreadable::Damaged("x".into()) };
         let key_missing =
             || StoredAccount::Unreadable { version: 1, cause: Unreadable::UnknownKey { id: "k2".into() } };
-        let dead = Err(NoServer::Dead(Reason::ConfigUnreadable));
-        assert_eq!(taken(true, unreadable(), CustomSmtp::Flagged, true), dead);
+        let stopped = Err(NoServer::Unreadable { version: 1 });
+        assert_eq!(taken(true, unreadable(), CustomSmtp::Flagged, true), stopped);
         assert_eq!(taken(false, unreadable(), CustomSmtp::Flagged, true).unwrap(), "example.com");
         assert_eq!(
             taken(true, key_missing(), CustomSmtp::Flagged, true),
             Err(NoServer::KeyMissing("k2".into()))
         );
+    }
+
+    #[test]
+    fn a_failing_configuration_stops_its_organization_only_when_its_own_server_is_in_use() {
+        let reason = Reason::AuthFailed;
+        let health = Health { failing: Some(reason), ..Health::default() };
+        let ready = || StoredAccount::Ready { version: 3, account: account("a@acme.example") };
+        let cause = || Unreadable::UnknownKey { id: "k2".into() };
+        let failing = |flag, own| routed(flag, own, health, CustomSmtp::Flagged, true);
+        assert_eq!(failing(true, ready()), Err(NoServer::Failing(reason)));
+        assert_eq!(failing(false, ready()).unwrap(), "example.com");
+        assert_eq!(routed(false, ready(), health, CustomSmtp::All, true), Err(NoServer::Failing(reason)));
+        let damaged = StoredAccount::Unreadable { version: 1, cause: Unreadable::Damaged("x".into()) };
+        assert_eq!(failing(true, damaged), Err(NoServer::Failing(reason)));
+        // Whoever has the key may find that all is well.
+        let key_missing = StoredAccount::Unreadable { version: 1, cause: cause() };
+        assert_eq!(failing(true, key_missing), Err(NoServer::KeyMissing("k2".into())));
     }
 }

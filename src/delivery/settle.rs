@@ -22,7 +22,7 @@ use crate::store::{Ledger, Store, StoreError};
 use crate::telemetry::{self, Outcome};
 
 use super::attempt::{Report, Shut};
-use super::conclude::{Conclusion, conclude, conclude_unattempted, settle_of};
+use super::conclude::{Conclusion, conclude, conclude_parked, conclude_unattempted, settle_of};
 use super::database::DatabaseWatch;
 use super::debts::Debts;
 use super::in_hand::InHand;
@@ -216,6 +216,16 @@ impl Desk {
         detail: String,
     ) {
         let conclusion = conclude_unattempted(job, &claimed, reason, detail);
+        self.untried(delivery, job, claimed, conclusion).await;
+    }
+
+    /// A claimed job whose organization's configuration fails: parked, unless its time is over.
+    pub async fn park(&self, delivery: InHand<'_>, job: &Job, claimed: Claimed, reason: Reason) {
+        let conclusion = conclude_parked(job, &claimed, reason, &self.retry, self.clock.now());
+        self.untried(delivery, job, claimed, conclusion).await;
+    }
+
+    async fn untried(&self, delivery: InHand<'_>, job: &Job, claimed: Claimed, conclusion: Conclusion) {
         let settle = settle_of(&job.key, &claimed, &conclusion);
         // Only a job that some recipients have is announced with the server that it went through.
         let status = match claimed.partly_sent {
@@ -390,7 +400,7 @@ impl Desk {
         self.publisher.retry(delivery.received(), &delivery.lane().name, delay_s, headers).await
     }
 
-    async fn announce(&self, event: &Event) -> Result<(), Stopped> {
+    pub(super) async fn announce(&self, event: &Event) -> Result<(), Stopped> {
         self.owe("event", || self.publisher.event(event)).await
     }
 

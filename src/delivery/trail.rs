@@ -81,11 +81,11 @@ impl Trail {
         self.known().stage = stage;
     }
 
-    /// The attempt under way has ended with this.
+    /// The attempt under way has ended with this; said again, where more is known.
     pub fn report(&self, report: &Report) {
         let mut known = self.known();
         known.stage = match std::mem::take(&mut known.stage) {
-            Stage::Sending(claimed, destination, _) => {
+            Stage::Sending(claimed, destination, _) | Stage::Reported(claimed, destination, _) => {
                 Stage::Reported(claimed, destination, Box::new(report.clone()))
             }
             stage => stage,

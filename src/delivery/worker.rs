@@ -17,6 +17,7 @@ use crate::model::cancelling;
 use crate::model::failure::Reason;
 use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
+use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
@@ -27,6 +28,7 @@ use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
 use super::attempt::{self, Progress, Report, Shut};
+use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
@@ -34,7 +36,7 @@ use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
-use super::route::{NoServer, Route, route};
+use super::route::{self, NoServer, Route};
 use super::settle::Desk;
 use super::trail::{Stage, Trail};
 
@@ -76,6 +78,8 @@ pub struct Worker {
     pub incarnations: Incarnations,
     /// The organizations' servers.
     pub configs: ConfigCache,
+    /// What is held against them.
+    pub blames: Blames,
     /// Who may start.
     pub dispatcher: Dispatcher,
     /// Who may work at the same time.
@@ -104,6 +108,8 @@ enum TakeUp<'a> {
     Work(Box<Claimed>, Route, Permit, Room<'a>),
     /// It is claimed, but will not be attempted.
     GiveUp(Box<Claimed>, Reason, String, Room<'a>),
+    /// It is claimed, and its organization's configuration fails.
+    Park(Box<Claimed>, Reason, Room<'a>),
     /// So many workers died with it: take a turn, and come again.
     Suspect(u32),
     /// Another body came under this id.
@@ -154,6 +160,10 @@ impl Worker {
             Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
                 claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
                 self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
+            }
+            Ok(TakeUp::Park(mut claimed, reason, _room)) => {
+                claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
+                self.desk.park(delivery, &job, *claimed, reason).await;
             }
             Ok(TakeUp::Suspect(_)) => self.desk.put_aside(delivery, HELD_WAIT_S).await,
             Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
@@ -234,7 +244,7 @@ impl Worker {
             if let Some((reason, detail)) = self.reason_to_give_up(job, &claimed) {
                 return Ok(TakeUp::GiveUp(claimed, reason, detail, room));
             }
-            let looked = match self.is_current(job, &claimed, routed.as_ref().ok()).await {
+            let current = match self.route_as_of(job, &claimed).await {
                 Ok(current) => current,
                 Err(error) => {
                     // Its claim would otherwise be held for as long as this worker lives.
@@ -242,17 +252,23 @@ impl Worker {
                     return Err(error);
                 }
             };
-            if !looked {
+            // Whatever it was admitted for: its permit goes back.
+            if let Err(NoServer::Failing(reason)) = current
+                && !self.is_overdue(delivery)
+            {
+                return Ok(TakeUp::Park(claimed, reason, room));
+            }
+            if !route::is_same(&current, &routed) {
                 self.desk.release(delivery.trail(), &job.key, &claimed).await;
                 continue;
             }
             return Ok(match (routed, permit) {
                 (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit, room),
                 (Err(NoServer::Dead(reason)), _) => {
-                    TakeUp::GiveUp(claimed, reason, missing_server(reason), room)
+                    TakeUp::GiveUp(claimed, reason, route::NONE.to_owned(), room)
                 }
                 // Only a job past its age comes as far as this without a permit.
-                (Ok(_), None) | (Err(NoServer::KeyMissing(_)), _) => {
+                (Ok(_) | Err(_), _) => {
                     let detail = format!("not sent within {} s", self.limits.retry.max_age.as_secs());
                     TakeUp::GiveUp(claimed, Reason::RetriesExhausted, detail, room)
                 }
@@ -274,20 +290,21 @@ impl Worker {
             None => None,
         };
         let own = job.key.organization.as_ref().zip(facts.as_deref());
-        Ok(route(own, self.limits.custom_smtp, self.platform.as_ref()))
+        Ok(route::route(own, self.limits.custom_smtp, self.platform.as_ref()))
     }
 
-    /// Whether the configuration as of the claim is the one that the route was made from.
-    async fn is_current(
-        &self,
-        job: &Job,
-        claimed: &Claimed,
-        route: Option<&Route>,
-    ) -> Result<bool, StoreError> {
-        let Some(organization) = &job.key.organization else { return Ok(true) };
-        self.configs.confirm(organization, claimed.custom_smtp, claimed.config_version).await?;
-        let now = self.route(job).await?.ok();
-        Ok(now.as_ref().map(|route| &route.destination) == route.map(|route| &route.destination))
+    /// The route by the configuration as of the claim, or a newer one. Credentials that do not open are held against it.
+    async fn route_as_of(&self, job: &Job, claimed: &Claimed) -> Result<Result<Route, NoServer>, StoreError> {
+        let Some(organization) = &job.key.organization else { return self.route(job).await };
+        let Claimed { custom_smtp, config_version, config_failing, .. } = *claimed;
+        let facts = self.configs.confirm(organization, custom_smtp, config_version, config_failing).await?;
+        let own = Some((organization, &*facts));
+        let now = route::route(own, self.limits.custom_smtp, self.platform.as_ref());
+        let Err(NoServer::Unreadable { version }) = now else { return Ok(now) };
+        if self.blames.blame_unreadable(&self.desk, organization, version).await? {
+            return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
+        }
+        self.route(job).await
     }
 
     /// `None` when the worker stops meanwhile.
@@ -423,12 +440,22 @@ impl Worker {
             fault::strike(Place::Answered, &delivery.received().body);
             report
         };
-        let report = self.bounded(sending, &progress, limit).await;
+        let mut report = self.bounded(sending, &progress, limit).await;
         delivery.trail().report(&report);
         drop(message);
+        // Before the permit goes to the next in line, which would make another connection.
+        let trouble = self.blames.blame(&route, &mut report).await;
+        delivery.trail().report(&report);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
+        let absolution = absolution(&route, &report);
         self.desk.settle(delivery, &job, claimed, &route.destination, report).await;
+        if let Some(by) = absolution {
+            self.blames.absolve(&route.destination, by).await;
+        }
+        if let Some(trouble) = trouble {
+            self.blames.announce(&self.desk, trouble).await;
+        }
     }
 
     /// Runs the attempt within its bounds: its time, and the second stage of a stop.
@@ -463,18 +490,6 @@ fn message_id(job: &Job, domain: &str) -> String {
     format!("<{}@{domain}>", job.key.id)
 }
 
-fn missing_server(reason: Reason) -> String {
-    match reason {
-        Reason::ConfigUnreadable => "the stored SMTP credentials cannot be decrypted".to_owned(),
-        _ => "the organization has no SMTP configuration in use and the platform has no server".to_owned(),
-    }
-}
-
-pub(super) fn superseded(mine: i64, newest: i64) -> String {
-    format!("sequence {mine} of its group is older than {newest}")
-}
-
 pub(super) fn expired(job: &Job) -> String {
-    let at = job.expires_at.and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok());
-    format!("expired at {}", at.unwrap_or_default())
+    job.expires_at.map(parking::expired).unwrap_or_default()
 }

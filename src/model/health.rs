@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::failure::Reason;
+use super::policy::Verdict;
 
 /// A server that could not be reached at all for so long is the configuration's fault: the wrong port is the commonest
 /// mistake.
@@ -76,6 +77,17 @@ impl Blame {
     }
 }
 
+/// What a failed attempt holds against the configuration of the organization's own server; `None`: nothing.
+pub fn accusation(verdict: Verdict) -> Option<Reason> {
+    match verdict {
+        Verdict::Account(reason)
+        | Verdict::Retry { reason: reason @ (Reason::ConnectFailed | Reason::ConnectTimeout), .. } => {
+            Some(reason)
+        }
+        Verdict::Retry { .. } | Verdict::Dead(_) | Verdict::Fresh | Verdict::Unknown => None,
+    }
+}
+
 /// The pauses before the first, second, … probe, in seconds; the last one repeats.
 pub fn probe_pauses_s(reason: Reason) -> &'static [i32] {
     if reason == Reason::AuthFailed { PAUSES_AFTER_REFUSAL_S } else { PAUSES_S }
@@ -84,6 +96,21 @@ pub fn probe_pauses_s(reason: Reason) -> &'static [i32] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::policy::Feedback;
+
+    #[test]
+    fn only_the_account_and_a_server_out_of_reach_accuse_a_configuration() {
+        let retry = |reason| Verdict::Retry { reason, at_least: None, feedback: Feedback::Neutral };
+        for reason in [Reason::ConnectFailed, Reason::ConnectTimeout] {
+            assert_eq!(accusation(retry(reason)), Some(reason));
+            assert_eq!(Blame::of(reason), Blame::Unreachable);
+        }
+        for reason in [Reason::Throttled, Reason::ConnectionLost, Reason::DnsFailed, Reason::Timeout] {
+            assert_eq!(accusation(retry(reason)), None);
+        }
+        assert_eq!(accusation(Verdict::Account(Reason::SenderRefused)), Some(Reason::SenderRefused));
+        assert_eq!(accusation(Verdict::Dead(Reason::MessageRefused)), None);
+    }
 
     #[test]
     fn probes_become_rarer_and_a_refused_password_is_tried_least() {

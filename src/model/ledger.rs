@@ -138,7 +138,7 @@ pub struct HandOver {
     pub attempts: u32,
     /// When the job was first seen.
     pub first_at: OffsetDateTime,
-    /// When it was last replayed.
+    /// When it was last replayed; since a release, from when its age counts.
     pub replayed_at: Option<OffsetDateTime>,
     /// How long ago it was recorded. A worker that vanished is noticed only after some seconds, so "its recorder lives"
     /// is no proof of anything while this is short.
@@ -161,8 +161,11 @@ pub struct Claimed {
     pub spared: u32,
     /// When it was first seen.
     pub first_at: OffsetDateTime,
-    /// When it was last replayed: its age and its retries count from there.
+    /// When it was last replayed: its age and its retries count from there. A release moves it on by the time that the job was
+    /// parked: both go on as if it had not been.
     pub replayed_at: Option<OffsetDateTime>,
+    /// Why it was put off last.
+    pub reason: Option<Reason>,
     /// The database's time of the claim.
     pub now: OffsetDateTime,
     /// The Message-ID to use, with angle brackets.

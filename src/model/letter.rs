@@ -14,6 +14,9 @@ use super::organization::OrganizationId;
 /// Entries of a letter's history that are kept; the oldest go first.
 pub const HISTORY_MAX: usize = 50;
 
+/// Who does what no person has asked for, in a letter's history.
+pub const BY_ITSELF: &str = "sendoff";
+
 /// The archive's own name for a message that died: the same for each delivery, copy and further death of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -257,9 +260,9 @@ pub struct Letter {
     pub deaths: u32,
     /// How often it was replayed.
     pub replays: u32,
-    /// The turn of the last replay's copy.
+    /// The turn of the copy that the last replay or release makes.
     pub replay_turn: Option<Turn>,
-    /// What people did with it, oldest first, at most [`HISTORY_MAX`] entries.
+    /// What was done with it, oldest first, at most [`HISTORY_MAX`] entries.
     pub history: Vec<LetterDeed>,
     /// SHA-256 of the body.
     pub body_hash: [u8; 32],
@@ -287,7 +290,7 @@ impl Letter {
     }
 }
 
-/// What a person did with a letter.
+/// What was done with a letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LetterDeed {
     /// What.
@@ -295,9 +298,9 @@ pub struct LetterDeed {
     /// When.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// Who, as the audit log has it.
+    /// Who, as the audit log has it; [`BY_ITSELF`] for what nobody asked for.
     pub by: String,
-    /// How a replay ended, once the archive knows. One that has ended well is known to the ledger only.
+    /// How a replay or release ended, once the archive knows. One that has ended well is known to the ledger only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<DeedOutcome>,
 }
@@ -308,6 +311,8 @@ pub struct LetterDeed {
 pub enum Deed {
     /// Published again.
     Replay,
+    /// Published again by itself, for its organization's mail flows again.
+    Release,
     /// Given up.
     Discard,
 }

@@ -10,9 +10,10 @@ use time::OffsetDateTime;
 
 use super::event::RefusedRecipient;
 use super::failure::{EnhancedCode, Failure, Fault, Phase, Reason, Reply, Transaction, TransactionOutcome};
+use super::health::Blamed;
 use super::job::OnUnknown;
 use super::ledger::Claimed;
-use super::schedule::Schedule;
+use super::schedule::{ASIDE_S, Schedule};
 
 /// A used-up quota is renewed by the day; asking sooner than this only prolongs the block.
 const QUOTA_WAIT: Duration = Duration::from_secs(3600);
@@ -97,6 +98,10 @@ pub struct Progress {
     pub on_unknown: OnUnknown,
     /// Whether the attempt went through the platform's own server.
     pub platform: bool,
+    /// What became of the organization's configuration; `None` where nothing could be held against it.
+    pub blamed: Option<Blamed>,
+    /// Why the attempt before this one failed.
+    pub last: Option<Reason>,
 }
 
 /// `retry.*` of the settings.
@@ -117,6 +122,18 @@ pub enum Disposition {
         reason: Reason,
         /// From now.
         wait: Duration,
+    },
+    /// The same, and the attempt does not count: it was not the job's fault.
+    Spared {
+        /// Why not now.
+        reason: Reason,
+        /// From now.
+        wait: Duration,
+    },
+    /// Waits for its organization's configuration; the attempt does not count.
+    Park {
+        /// What is wrong with that.
+        reason: Reason,
     },
     /// A dead letter.
     Dead {
@@ -406,7 +423,13 @@ pub fn decide(
     match verdict {
         // The platform's account is the operator's to mend, and every organization's mail waits for it.
         Verdict::Account(reason) if progress.platform => retry(reason, None, progress, limits, now),
-        Verdict::Account(reason) | Verdict::Dead(reason) => dead(reason),
+        Verdict::Account(reason) | Verdict::Retry { reason, .. }
+            if matches!(progress.blamed, Some(Blamed::Failing { .. })) =>
+        {
+            park(reason, progress, limits, now)
+        }
+        Verdict::Account(reason) => excuse(reason, progress, limits, now),
+        Verdict::Dead(reason) => dead(reason),
         Verdict::Retry { reason, at_least, .. } => retry(reason, at_least, progress, limits, now),
         // A second loss on a fresh connection is a loss like any other.
         Verdict::Fresh => retry(Reason::ConnectionLost, None, progress, limits, now),
@@ -428,20 +451,50 @@ fn retry(
     limits: &RetryLimits,
     now: OffsetDateTime,
 ) -> Disposition {
-    let exhausted = Disposition::Dead { reason: Reason::RetriesExhausted, cause: Some(reason) };
     let Some(wait_s) = limits.schedule.wait_s(progress.attempts) else {
-        return exhausted;
+        return Disposition::Dead { reason: Reason::RetriesExhausted, cause: Some(reason) };
     };
-    let wait = Duration::from_secs(u64::from(wait_s)).max(at_least.unwrap_or_default());
+    let wait = seconds(wait_s).max(at_least.unwrap_or_default());
+    too_late(reason, wait, progress, limits, now).unwrap_or(Disposition::Retry { reason, wait })
+}
+
+/// A fault of the account that is not yet held to last. The same job's next one is counted: others got through meanwhile,
+/// so it may be the message's after all.
+fn excuse(reason: Reason, progress: &Progress, limits: &RetryLimits, now: OffsetDateTime) -> Disposition {
+    let changed = progress.blamed == Some(Blamed::Outdated);
+    if progress.last == Some(reason) && !changed {
+        return retry(reason, None, progress, limits, now);
+    }
+    let step = if changed { None } else { limits.schedule.wait_s(1) };
+    let wait = seconds(step.unwrap_or(ASIDE_S[0]));
+    too_late(reason, wait, progress, limits, now).unwrap_or(Disposition::Spared { reason, wait })
+}
+
+/// What becomes of a job whose organization's configuration fails for this reason.
+pub fn park(reason: Reason, progress: &Progress, limits: &RetryLimits, now: OffsetDateTime) -> Disposition {
+    too_late(reason, Duration::ZERO, progress, limits, now).unwrap_or(Disposition::Park { reason })
+}
+
+/// The end of a job that could not go on after this wait.
+fn too_late(
+    reason: Reason,
+    wait: Duration,
+    progress: &Progress,
+    limits: &RetryLimits,
+    now: OffsetDateTime,
+) -> Option<Disposition> {
+    let dead = |why| Some(Disposition::Dead { reason: why, cause: Some(reason) });
     if now + wait > progress.counted_from + limits.max_age {
-        return exhausted;
+        return dead(Reason::RetriesExhausted);
     }
-    match progress.expires_at {
-        Some(expires_at) if expires_at <= now + wait => {
-            Disposition::Dead { reason: Reason::Expired, cause: Some(reason) }
-        }
-        _ => Disposition::Retry { reason, wait },
+    if progress.expires_at.is_some_and(|expires_at| expires_at <= now + wait) {
+        return dead(Reason::Expired);
     }
+    None
+}
+
+fn seconds(number: u32) -> Duration {
+    Duration::from_secs(u64::from(number))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use time::macros::datetime;
 
 use super::*;
+use crate::model::cancelling;
 use crate::model::failure::TlsFault;
 use crate::model::job::JobKey;
 use crate::model::ledger::{Incarnation, Orphan, Turn};
@@ -103,6 +104,21 @@ fn what_providers_say_means_what_they_mean() {
         ("SES, rate", FinalDot, "454 Throttling failure: Maximum sending rate exceeded.", throttled()),
         ("SES, day's quota", FinalDot, "454 Throttling failure: Daily message quota exceeded.", quota()),
         ("SES, temporary login trouble", Auth, "454 4.7.0 Temporary authentication failure", throttled()),
+        (
+            "Postfix, no answer from Dovecot",
+            Auth,
+            "454 4.7.0 Temporary authentication failure: Connection lost to authentication server",
+            throttled(),
+        ),
+        (
+            "Exim, no user database",
+            Auth,
+            "435 Unable to authenticate at present",
+            retry_for(Reason::ServerError),
+        ),
+        ("any, busy at the login", Auth, "421 4.7.0 closing", throttled()),
+        ("any, password transition", Auth, "432 4.7.12 A password transition is needed", throttled()),
+        ("any, login for now", Auth, "451 4.3.0 try later", retry_for(Reason::ServerError)),
         (
             "Postfix, foreign sender",
             Mail,
@@ -258,6 +274,8 @@ fn progress(attempts: u32) -> Progress {
         expires_at: None,
         on_unknown: OnUnknown::Resend,
         platform: false,
+        blamed: None,
+        last: None,
     }
 }
 
@@ -303,8 +321,46 @@ fn a_fault_of_the_platforms_account_waits_for_the_operator() {
     let platform = Progress { platform: true, ..progress(1) };
     let verdict = Verdict::Account(Reason::AuthFailed);
     assert!(matches!(decide(verdict, &platform, &limits(), NOW), Disposition::Retry { .. }));
-    let own = decide(verdict, &progress(1), &limits(), NOW);
-    assert_eq!(own, Disposition::Dead { reason: Reason::AuthFailed, cause: None });
+}
+
+#[test]
+fn a_fault_of_an_organizations_account_costs_its_job_no_attempt() {
+    use Disposition::{Dead, Park, Retry, Spared};
+    let reason = Reason::AuthFailed;
+    let wait = Duration::from_secs;
+    let failing = Some(Blamed::Failing { just_now: false });
+    let (noted, outdated) = (Some(Blamed::Noted), Some(Blamed::Outdated));
+    let soon = |s| Some(NOW + Duration::from_secs(s));
+    let cause = Some(reason);
+    for (what, blamed, last, expires_at, decided) in [
+        ("it fails for good", failing, None, None, Park { reason }),
+        ("whatever it failed for before", failing, Some(reason), None, Park { reason }),
+        ("for the first time", noted, None, None, Spared { reason, wait: wait(10) }),
+        ("the database did not answer", None, None, None, Spared { reason, wait: wait(10) }),
+        ("after another failure", noted, Some(Reason::Timeout), None, Spared { reason, wait: wait(10) }),
+        ("others got through meanwhile", noted, Some(reason), None, Retry { reason, wait: wait(60) }),
+        ("it was changed meanwhile", outdated, Some(reason), None, Spared { reason, wait: wait(5) }),
+        ("past its time", failing, None, soon(0), Dead { reason: Reason::Expired, cause }),
+        ("past its time by then", noted, None, soon(10), Dead { reason: Reason::Expired, cause }),
+        ("it waits as long as it may", failing, None, soon(1), Park { reason }),
+    ] {
+        let progress = Progress { blamed, last, expires_at, ..progress(2) };
+        assert_eq!(decide(Verdict::Account(reason), &progress, &limits(), NOW), decided, "{what}");
+    }
+    let old = Progress { blamed: failing, ..progress(1) };
+    let late = NOW + Duration::from_secs(3600 * 48 + 1);
+    let exhausted = Dead { reason: Reason::RetriesExhausted, cause };
+    assert_eq!(decide(Verdict::Account(reason), &old, &limits(), late), exhausted);
+}
+
+#[test]
+fn a_server_that_cannot_be_reached_is_retried_until_its_configuration_fails() {
+    let reason = Reason::ConnectFailed;
+    let verdict = Verdict::Retry { reason, at_least: None, feedback: Feedback::Unreachable };
+    let decided = |blamed| decide(verdict, &Progress { blamed, ..progress(1) }, &limits(), NOW);
+    let retry = Disposition::Retry { reason, wait: Duration::from_secs(10) };
+    assert_eq!([decided(None), decided(Some(Blamed::Noted)), decided(Some(Blamed::Outdated))], [retry; 3]);
+    assert_eq!(decided(Some(Blamed::Failing { just_now: true })), Disposition::Park { reason });
 }
 
 fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
@@ -315,6 +371,7 @@ fn orphan(crashes: u32, unknowns: u32, committing: bool) -> Claimed {
         spared: 0,
         first_at: NOW,
         replayed_at: None,
+        reason: None,
         now: NOW,
         message_id: format!("<{}@b.c>", JobKey { organization: None, id: uuid::Uuid::nil() }.id),
         pending: None,
@@ -369,4 +426,16 @@ fn only_a_refused_mechanism_lets_the_next_one_be_tried() {
     assert!(auth_may_try_next(&reply("504 5.5.4 unrecognized authentication type")));
     assert!(auth_may_try_next(&reply("535 5.7.4 mechanism not supported")));
     assert!(!auth_may_try_next(&reply("535 5.7.8 bad credentials")));
+}
+
+#[test]
+fn what_was_called_back_is_said_to_be_unsent_only_where_that_is_known() {
+    let ended = |claimed: &Claimed, on_unknown| cancelling::give_up(claimed, on_unknown);
+    let living = |unknowns| Claimed { orphan: None, ..orphan(0, unknowns, false) };
+    assert_eq!(ended(&living(0), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSENT));
+    assert_eq!(ended(&living(1), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSURE));
+    // The last worker died: without the duty to mark it, it may have sent the final dot.
+    assert_eq!(ended(&orphan(1, 0, false), OnUnknown::Resend).0, Reason::UnknownOutcome);
+    assert_eq!(ended(&orphan(1, 0, false), OnUnknown::Hold), (Reason::Cancelled, cancelling::UNSENT));
+    assert_eq!(ended(&orphan(2, 1, false), OnUnknown::Resend), (Reason::Cancelled, cancelling::UNSURE));
 }

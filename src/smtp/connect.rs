@@ -377,6 +377,7 @@ impl<'a> Opening<'a> {
 async fn authenticate(session: &mut Session, credentials: &Credentials) -> Result<&'static str, Fault> {
     let client_credentials =
         ClientCredentials::new(credentials.username().to_owned(), credentials.password().to_owned());
+    session.parts().1.lock().conceal(credentials);
     for mechanism in session.offers().usable_mechanisms() {
         let reply = try_mechanism(session, mechanism, &client_credentials).await?;
         if reply.is_success() {

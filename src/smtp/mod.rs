@@ -3,6 +3,7 @@
 //! session about which anything is in doubt is never used again.
 
 pub mod compose;
+mod conceal;
 mod connect;
 mod examine;
 mod pool;

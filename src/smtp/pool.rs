@@ -303,6 +303,13 @@ impl PooledSession {
         self.session.transactions() > 0
     }
 
+    /// Ends the session in good order, however usable it is.
+    pub fn close(self) {
+        if self.session.is_usable() {
+            tokio::spawn(self.session.quit());
+        }
+    }
+
     /// Gives the session back for the next message; one that is worn or doubtful is closed instead.
     pub fn release(self) {
         if let Some(session) = self.pool.0.put_back(&self.slot, self.session)

@@ -17,8 +17,10 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
 
+use super::conceal::Concealed;
 use super::reply::{Inbox, RawReply, protocol};
 use crate::model::failure::{Fault, TlsFault};
+use crate::model::smtp_settings::Credentials;
 
 /// Replies that may wait while we still write: enough for a thousand recipients in one pipelined envelope.
 const INBOX_MAX: usize = 512 << 10;
@@ -76,6 +78,8 @@ pub(super) struct Channel {
     body: Body,
     /// Since when the reply is awaited, or the message makes no progress.
     since: Instant,
+    /// What no reply may repeat.
+    concealed: Option<Concealed>,
 }
 
 impl Channel {
@@ -90,7 +94,13 @@ impl Channel {
             broken: None,
             body: Body::Off,
             since: Instant::now(),
+            concealed: None,
         }
+    }
+
+    /// From now on no reply repeats these credentials.
+    pub fn conceal(&mut self, credentials: &Credentials) {
+        self.concealed = Some(Concealed::new(credentials));
     }
 
     /// Gives the plain socket back, for TLS to be taken up on it.
@@ -202,7 +212,10 @@ impl Channel {
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<RawReply, Fault>> {
         loop {
             if let Some(reply) = self.inbox.next_reply()? {
-                return Poll::Ready(Ok(reply));
+                return Poll::Ready(Ok(match &self.concealed {
+                    Some(concealed) => concealed.conceal(reply),
+                    None => reply,
+                }));
             }
             match ready!(self.poll_fill(cx)) {
                 Ok(0) | Err(_) => return Poll::Ready(Err(Fault::Lost)),

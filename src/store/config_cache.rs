@@ -61,7 +61,8 @@ impl ConfigCache {
         self.facts(organization, |_, _| true).await
     }
 
-    /// The organization's facts, at least as new as a claim's answer that said `custom_smtp` and `config_version`.
+    /// The organization's facts, at least as new as a claim's answer that said `custom_smtp`, `config_version` and whether
+    /// that version is failing.
     ///
     /// # Errors
     /// When the database does not answer; the next call tries again.
@@ -70,10 +71,12 @@ impl ConfigCache {
         organization: &OrganizationId,
         custom_smtp: bool,
         config_version: Option<i64>,
+        failing: bool,
     ) -> Result<Arc<RouteFacts>, StoreError> {
         self.facts(organization, |held, begun| {
-            let equal =
-                held.facts.custom_smtp == custom_smtp && held.facts.config_version() == config_version;
+            let equal = held.facts.custom_smtp == custom_smtp
+                && held.facts.config_version() == config_version
+                && held.facts.health.failing.is_some() == failing;
             // Versions never restart, so a higher one was read later.
             let newer = config_version.is_some() && held.facts.config_version() > config_version;
             // A load that began after the answer was there has seen at least what the answer saw.

@@ -10,6 +10,7 @@ mod config_changes;
 mod dead_letters;
 mod features;
 mod incarnation;
+mod leases;
 mod ledger;
 pub(crate) mod retrying;
 mod sealed_keys;
@@ -31,8 +32,8 @@ pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
 pub use dead_letters::{
-    Archived, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page, ReplayCopy,
-    Taken, Taking, Unopened,
+    Archived, Burial, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page,
+    ParkedShare, ParkedTaken, PartlySent, Recovery, ReplayCopy, Taken, Taking, Unopened,
 };
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};

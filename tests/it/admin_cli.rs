@@ -55,9 +55,13 @@ async fn a_refused_password_is_exit_code_1_with_the_cause_and_what_to_do() {
     world.organization_at("42", json!({"password": "canary-password"})).await;
     let (code, words, _) = run(&world, &["org", "smtp", "test", "42"]).await;
     assert_eq!(code, 1, "{words}");
-    for part in
-        ["FAILED  authenticate ", "\nThe connection test failed: ", "(auth_failed, field ", "\nNext: "]
-    {
+    for part in [
+        "FAILED  authenticate ",
+        "535 5.7.8",
+        "\nThe connection test failed at authenticate",
+        "(auth_failed",
+        "\nNext: ",
+    ] {
         assert!(words.contains(part), "{part}: {words}");
     }
     assert!(!words.contains("canary"), "{words}");
@@ -118,7 +122,7 @@ async fn a_test_email_leaves_at_once_and_its_message_id_is_told() {
     assert!(words.starts_with("The server took the test email for ann@customer.example: 250 "), "{words}");
     let message_id =
         words.lines().last().and_then(|line| line.strip_prefix("Its Message-ID is ")).expect("told");
-    assert!(messages[0].text().contains(message_id), "{words}");
+    assert!(String::from_utf8_lossy(&messages[0].data).contains(message_id), "{words}");
     let (code, _, errors) =
         run(&world, &["org", "smtp", "send-test", "7", "--to", "ann@customer.example"]).await;
     assert_eq!(code, 1, "{errors}");

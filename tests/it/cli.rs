@@ -29,7 +29,7 @@ const CLOSED_PORT: u16 = 1;
 fn help_names_every_command_and_each_has_an_example() {
     let help = sendoff(&["--help"], &[]);
     assert_eq!(help.status.code(), Some(0));
-    for command in ["worker", "check", "migrate", "topology", "job", "dead", "org", "keys"] {
+    for command in ["worker", "check", "migrate", "topology", "job", "dead", "org", "keys", "schema"] {
         assert!(stdout(&help).contains(command), "{command}");
         let own = sendoff(&[command, "--help"], &[]);
         assert_eq!(own.status.code(), Some(0));
@@ -39,9 +39,17 @@ fn help_names_every_command_and_each_has_an_example() {
 
 #[test]
 fn what_is_not_understood_is_a_usage_error() {
-    for arguments in
-        [&["wrok"][..], &[], &["worker", "--drain-timeout", "1h"], &["job", "status", "not-a-uuid"]]
-    {
+    for arguments in [
+        &["wrok"][..],
+        &[],
+        &["worker", "--drain-timeout", "1h"],
+        &["job", "status", "not-a-uuid"],
+        &["schema", "jobs"],
+        &["org", "smtp", "send-test", "42", "--to", "nobody"],
+        &["org", "smtp", "send-test", "42"],
+        &["org", "smtp", "test", "42", "--port", "x"],
+        &["org", "smtp", "test", "42", "--password", "canary"],
+    ] {
         let output = sendoff(arguments, &[]);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(stdout(&output).is_empty() && !stderr(&output).is_empty(), "{arguments:?}");
@@ -135,7 +143,9 @@ fn a_dependency_that_is_away_has_its_own_exit_code() {
     let database = format!("postgres://u:canary@127.0.0.1:{port}/d");
     let environment = [("AMQP_URL", amqp.as_str()), ("DATABASE_URL", database.as_str())];
     let send = ["job", "send", "--to", "a@example.org", "--subject", "x", "--text", "y"];
-    for arguments in [&["org", "smtp", "show", "42"][..], &["migrate"], &send] {
+    let test = ["org", "smtp", "test", "42"];
+    let email = ["org", "smtp", "send-test", "42", "--to", "a@example.org"];
+    for arguments in [&["org", "smtp", "show", "42"][..], &test, &email, &["migrate"], &send] {
         let output = sendoff(arguments, &environment);
         assert_eq!(output.status.code(), Some(3), "{arguments:?}: {}", stderr(&output));
         assert!(
@@ -168,6 +178,86 @@ fn the_readmes_job_is_one_that_can_be_sent() {
     let limits = sendoff::broker::wire::WireLimits { max_recipients: 100, max_message_bytes: 10_485_760 };
     let job = sendoff::broker::wire::parse_job(job.as_bytes(), &limits).map_err(|refusal| refusal.detail);
     assert_eq!(job.map(|job| job.kind), Ok("booking.confirmed".to_owned()));
+}
+
+/// A document as the program prints it, and a judge of JSON by it that shares no code with the program.
+fn schema(name: &str) -> (serde_json::Value, impl Fn(&serde_json::Value) -> bool) {
+    let output = sendoff(&["schema", name], &[("SENDOFF__AMQP__PREFIX", "booking")]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut schemas = boon::Schemas::new();
+    let mut compiler = boon::Compiler::new();
+    compiler.add_resource("urn:document", document.clone()).unwrap();
+    let compiled =
+        compiler.compile("urn:document", &mut schemas).unwrap_or_else(|error| panic!("{name}: {error:#}"));
+    (document, move |value| schemas.validate(value, compiled).is_ok())
+}
+
+#[test]
+fn each_schema_is_one_and_judges_as_the_worker_does() {
+    let (_, is_job) = schema("job");
+    let readme = include_str!("../../README.md");
+    let job = readme.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let mut job: serde_json::Value = serde_json::from_str(job).unwrap();
+    assert!(is_job(&job), "the README's job");
+    job["too"] = serde_json::json!(["ann@example.org"]);
+    assert!(!is_job(&job), "with a field that is unknown");
+
+    let (commands, is_command) = schema("command");
+    let update = |params: serde_json::Value| {
+        is_command(
+            &serde_json::json!({"command": "smtp_config.update", "organization_id": 42, "params": params}),
+        )
+    };
+    assert!(update(serde_json::json!({"port": 587, "if_version": 3})));
+    assert!(!update(serde_json::json!({"port": 587, "if_version": "3"})));
+    let documented = commands["$defs"]["smtp_config.update"].to_string();
+    assert!(documented.contains("if_version") && documented.contains("conflict"), "{documented}");
+
+    let (_, is_event) = schema("event");
+    let event = serde_json::json!({
+        "type": "smtp_config.recovered", "at": "2030-01-07T09:00:00Z", "organization_id": 42, "released": 1000,
+    });
+    assert!(is_event(&event) && !is_event(&serde_json::json!({"type": "smtp_config.recovered"})));
+}
+
+/// Every `$ref` within a value.
+fn references(value: &serde_json::Value, found: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            found.extend(fields.get("$ref").and_then(|target| target.as_str()).map(str::to_owned));
+            fields.values().for_each(|field| references(field, found));
+        }
+        serde_json::Value::Array(items) => items.iter().for_each(|item| references(item, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_asyncapi_document_names_what_is_on_the_broker_and_each_reference_leads_somewhere() {
+    let output = sendoff(&["schema", "asyncapi"], &[("SENDOFF__AMQP__PREFIX", "booking")]);
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["asyncapi"], "3.0.0");
+    let mut found = Vec::new();
+    references(&document, &mut found);
+    assert!(found.len() > 40, "{found:?}");
+    for target in found {
+        let place = target.strip_prefix('#').unwrap_or_else(|| panic!("{target}"));
+        assert!(document.pointer(place).is_some(), "{target} leads nowhere");
+    }
+    let channels = &document["channels"];
+    assert_eq!(channels["jobs"]["bindings"]["amqp"]["exchange"]["name"], "booking.jobs");
+    assert_eq!(channels["control"]["bindings"]["amqp"]["queue"]["name"], "booking.control");
+    assert_eq!(channels["events"]["bindings"]["amqp"]["exchange"]["name"], "booking.events");
+    let topology = sendoff(&["topology", "show", "--json"], &[("SENDOFF__AMQP__PREFIX", "booking")]);
+    let topology = stdout(&topology);
+    for name in ["booking.jobs", "booking.control", "booking.events"] {
+        assert!(topology.contains(&format!("\"{name}\"")), "{name}");
+    }
+    for (name, operation) in document["operations"].as_object().unwrap() {
+        assert!(["send", "receive"].contains(&operation["action"].as_str().unwrap()), "{name}");
+        assert!(operation["channel"]["$ref"].as_str().unwrap().starts_with("#/channels/"), "{name}");
+    }
 }
 
 #[test]

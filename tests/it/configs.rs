@@ -722,19 +722,22 @@ async fn the_cache_answers_from_memory_until_a_claim_says_otherwise() {
     world.ok("smtp_config.create", "acme", settings()).await;
     assert_eq!(cache.get(&acme).await.unwrap().config_version(), None, "held in memory");
 
-    let confirmed = cache.confirm(&acme, true, Some(1)).await.unwrap();
+    let confirmed = cache.confirm(&acme, true, Some(1), false).await.unwrap();
     assert_eq!(confirmed.config_version(), Some(1));
-    assert!(Arc::ptr_eq(&confirmed, &cache.confirm(&acme, true, Some(1)).await.unwrap()), "not loaded again");
+    assert!(
+        Arc::ptr_eq(&confirmed, &cache.confirm(&acme, true, Some(1), false).await.unwrap()),
+        "not loaded again"
+    );
 
     world.ok("smtp_config.update", "acme", json!({"port": 25})).await;
-    assert_eq!(cache.confirm(&acme, true, Some(2)).await.unwrap().config_version(), Some(2));
+    assert_eq!(cache.confirm(&acme, true, Some(2), false).await.unwrap().config_version(), Some(2));
     // A claim that was answered before the update does not bring the older one back.
-    assert_eq!(cache.confirm(&acme, true, Some(1)).await.unwrap().config_version(), Some(2));
+    assert_eq!(cache.confirm(&acme, true, Some(1), false).await.unwrap().config_version(), Some(2));
 
     world.ok("smtp_config.delete", "acme", json!({})).await;
-    assert_eq!(cache.confirm(&acme, true, None).await.unwrap().config_version(), None);
+    assert_eq!(cache.confirm(&acme, true, None, false).await.unwrap().config_version(), None);
     world.ok("feature.set", "acme", json!({"feature": "custom-smtp-for-orgs", "enabled": false})).await;
-    assert!(!cache.confirm(&acme, false, None).await.unwrap().custom_smtp);
+    assert!(!cache.confirm(&acme, false, None, false).await.unwrap().custom_smtp);
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::broker::{Message, amqp_url, eventually};
 use crate::support::dns::{Answer, DnsServer};
 use crate::support::smtp_server::{Action, Rule, Stage};
-use crate::support::world::{KEYS, World, job};
+use crate::support::world::{KEYS, SOON, World, job};
 
 fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(LongString::from(value.as_bytes().to_vec()))
@@ -300,7 +300,7 @@ async fn a_name_that_turned_private_since_it_was_saved_is_never_dialled() {
         jobs.push((name, world.publish(&job(Some(name))).await));
     }
     for (name, id) in jobs {
-        let event = world.event("email.dead", id).await;
+        let event = world.event("email.parked", id).await;
         assert_eq!(event["reason"], "host_not_public", "{name}: {event}");
     }
     assert_eq!(world.server.connections(), 0);
@@ -326,8 +326,14 @@ async fn swapped_ciphertexts_stop_their_two_organizations_and_nobody_else() {
     let worker = world.worker().await;
     for organization in ["acme", "beta"] {
         let id = world.publish(&job(Some(organization))).await;
-        assert_eq!(world.event("email.dead", id).await["reason"], "config_unreadable");
+        assert_eq!(world.event("email.parked", id).await["reason"], "config_unreadable");
         assert_eq!(world.dead_letter().await.1, "config_unreadable");
+    }
+    for organization in ["acme", "beta"] {
+        let failing = |event: &Value| {
+            event["type"] == "smtp_config.failing" && event["organization_id"] == organization
+        };
+        assert_eq!(world.events.wait_for(failing, SOON).await["reason"], "config_unreadable");
     }
     assert_eq!(world.server.connections(), 0);
     let id = world.publish(&job(Some("gamma"))).await;
@@ -359,6 +365,8 @@ async fn a_worker_without_the_key_is_not_ready_and_the_job_waits_for_one_that_ha
     .await;
     keyless.stop().await;
     assert_eq!((world.event_count("email.dead", id), world.server.connections()), (0, 0));
+    assert_eq!(world.event_count("email.parked", id), 0, "the worker's fault parks nobody");
+    assert_eq!(world.database.store().failing_count(true).await.expect("the database answers"), 0);
 
     world.set("SENDOFF__ENCRYPTION__KEYS", &format!("{OTHER},{KEYS}"));
     let worker = world.worker().await;
@@ -386,7 +394,7 @@ async fn no_credential_shows_in_log_event_letter_ledger_or_metric_even_when_ever
     world.server.change(|server| server.login = Some(("other".into(), "other".into())));
     world.organization_at("beta", login).await;
     let refused = world.publish(&job(Some("beta"))).await;
-    world.event("email.dead", refused).await;
+    world.event("email.parked", refused).await;
     let letter = world.dead_letter().await;
 
     let (_, metrics) = worker.get("/metrics").await;

@@ -14,7 +14,7 @@ use sendoff::model::ledger::{
 };
 use sendoff::model::organization::OrganizationId;
 use sendoff::store::{
-    Incarnations, LaneBinding, Ledger, Liveness, OLDEST_SERVER, SchemaState, Store, StoreError,
+    AuditEntry, Incarnations, LaneBinding, Ledger, Liveness, OLDEST_SERVER, SchemaState, Store, StoreError,
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -577,6 +577,27 @@ async fn a_suspect_that_holds_its_lock_at_the_second_look_lives() {
         in_time(number, &mut session).await
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_claim_of_what_was_called_back_before_leaves_nothing_unknown_when_its_worker_dies() {
+    let (database, a, b) = two_workers().await;
+    let store = database.store();
+    let (actor, user_id, organization) = (None, None, None);
+    let audit =
+        AuditEntry { actor, user_id, organization, command: "job.cancel", outcome: "ok", fields: &[] };
+    let by = || tokio::time::Instant::now() + SOON;
+    a.granted(copy(&key(1), 0)).await;
+    let too_late = store.cancel_job(&key(1), audit, by()).await.unwrap();
+    assert_eq!((too_late.cancelled, too_late.too_late), (0, 1));
+    let called_back = store.cancel_job(&key(2), audit, by()).await.unwrap();
+    assert_eq!((called_back.cancelled, called_back.too_late), (1, 0));
+    assert!(a.granted(copy(&key(2), 0)).await.cancelled);
+    a.die(&b).await;
+    let under_way = b.granted(copy(&key(1), 0)).await;
+    assert_eq!((under_way.cancelled, under_way.orphan), (true, Some(Orphan { committing: false })));
+    let before = b.granted(copy(&key(2), 0)).await;
+    assert_eq!((before.cancelled, before.orphan, before.crashes), (true, None, 1));
 }
 
 #[tokio::test]

@@ -638,6 +638,6 @@ async fn a_canary_without_a_worker_is_said_to_have_no_outcome_yet() {
     assert_eq!(code, 1, "{out}{errors}");
     assert!(errors.contains(&format!("{} is deferred after 1 s (--canary-wait)", letters[0])), "{errors}");
     let shown = world.run(&["job", "status", &letters[0].to_string()]).await.1;
-    assert!(shown.contains("It was replayed at"), "{shown}");
+    assert!(shown.contains("It was replayed or released at"), "{shown}");
     world.end().await;
 }

@@ -27,8 +27,8 @@ enum Manner {
     WithoutPipelining,
 }
 
-/// Runs the cases side by side, an organization and a server each. A job that died was refused once and never tried
-/// again, or it would have been sent: the server says its reply once only.
+/// Runs the cases side by side, an organization and a server each. A job that died or was parked was refused once and never
+/// tried again, or it would have been sent: the server says its reply once only.
 async fn check(cases: &[Case], manner: Manner) {
     let world = World::new().await;
     let worker = world.worker().await;
@@ -51,8 +51,11 @@ async fn check(cases: &[Case], manner: Manner) {
             wrong.push(format!("{stage:?} {reply}: {story}, not {expected}"));
             continue;
         }
-        let dead = expected.strip_prefix("dead ");
-        let state = if dead.is_some() { State::Dead } else { State::Sent };
+        let (dead, state) = match expected.split_once(' ') {
+            Some(("dead", reason)) => (Some(reason), State::Dead),
+            Some(("parked", reason)) => (Some(reason), State::Parked),
+            _ => (None, State::Sent),
+        };
         let row = world.state(Some(organization), *id, state).await;
         let (attempts, messages) = if dead.is_some() { (1, 0) } else { (2, 1) };
         assert_eq!((row.attempts, server.messages().len()), (attempts, messages), "{stage:?} {reply}");
@@ -65,6 +68,7 @@ async fn check(cases: &[Case], manner: Manner) {
         if let Some(reason) = dead {
             let letter = letters.of(&world, *id).await;
             assert_eq!(letter.text("sendoff-reason").as_deref(), Some(reason), "{stage:?} {reply}");
+            assert_eq!(letter.text("sendoff-state").is_some(), state == State::Parked, "{stage:?} {reply}");
             let detail = letter.text("sendoff-detail").unwrap_or_default();
             assert!(detail.contains(&reply[..3]), "{stage:?} {reply}: {detail}");
         }
@@ -97,24 +101,24 @@ async fn a_temporary_reply_at_any_phase_is_retried_and_the_job_is_sent_once() {
 }
 
 #[tokio::test]
-async fn a_final_reply_kills_the_job_unless_it_is_about_the_server_itself() {
+async fn a_final_reply_kills_the_job_or_parks_it_unless_it_is_about_the_server_itself() {
     let cases: &[Case] = &[
         (Stage::Banner, "554 5.3.2 no service", "deferred server_error, sent"),
         (Stage::Ehlo, "550 5.7.1 no", "deferred server_error, sent"),
         (Stage::Ehlo, "504 5.5.2 <worker>: need a name", "deferred server_error, sent"),
-        (Stage::Starttls, "502 5.5.1 not here", "dead tls_required"),
-        (Stage::Auth, "535 5.7.8 wrong", "dead auth_failed"),
-        (Stage::Auth, "534 5.7.9 application password required", "dead auth_failed"),
-        (Stage::Auth, "500 5.5.2 what", "dead auth_failed"),
+        (Stage::Starttls, "502 5.5.1 not here", "parked tls_required"),
+        (Stage::Auth, "535 5.7.8 wrong", "parked auth_failed"),
+        (Stage::Auth, "534 5.7.9 application password required", "parked auth_failed"),
+        (Stage::Auth, "500 5.5.2 what", "parked auth_failed"),
         (Stage::Mail, "550 5.1.7 bad sender", "dead sender_refused"),
-        (Stage::Mail, "530 5.7.0 log in first", "dead auth_failed"),
+        (Stage::Mail, "530 5.7.0 log in first", "parked auth_failed"),
         (Stage::Mail, "552 5.3.4 too big", "dead too_large"),
         (Stage::Rcpt, "550 5.1.1 nobody there", "dead recipients_refused"),
-        (Stage::Rcpt, "554 5.7.1 <ann>: Relay access denied", "dead sender_refused"),
+        (Stage::Rcpt, "554 5.7.1 <ann>: Relay access denied", "parked sender_refused"),
         (Stage::Data, "554 5.5.1 no", "dead message_refused"),
         (Stage::FinalDot, "554 5.7.1 spam", "dead message_refused"),
         (Stage::FinalDot, "552 5.3.4 too big", "dead too_large"),
-        (Stage::FinalDot, "554 5.2.252 SendAsDenied", "dead sender_refused"),
+        (Stage::FinalDot, "554 5.2.252 SendAsDenied", "parked sender_refused"),
     ];
     check(cases, Manner::GoesOn).await;
 }
@@ -126,7 +130,7 @@ async fn a_server_without_pipelining_is_told_one_command_at_a_time_and_its_repli
         (Stage::Mail, "550 5.1.7 bad sender", "dead sender_refused"),
         (Stage::Rcpt, "450 4.2.1 mailbox busy", "deferred recipients_refused, sent"),
         (Stage::Rcpt, "550 5.1.1 nobody there", "dead recipients_refused"),
-        (Stage::Rcpt, "553 5.7.1 Sender address rejected: not owned by user", "dead sender_refused"),
+        (Stage::Rcpt, "553 5.7.1 Sender address rejected: not owned by user", "parked sender_refused"),
         (Stage::Data, "451 4.3.0 not now", "deferred server_error, sent"),
         (Stage::Data, "554 5.5.1 no", "dead message_refused"),
         (Stage::FinalDot, "451 4.3.0 not now", "deferred server_error, sent"),
@@ -306,7 +310,7 @@ async fn a_sender_that_the_server_refuses_at_rcpt_is_the_accounts_fault() {
     let worker = world.worker().await;
     world.organization("acme").await;
     let id = world.publish(&job_to("acme", &["ann", "bob"])).await;
-    assert_eq!(world.story(id).await, "dead sender_refused");
+    assert_eq!(world.story(id).await, "parked sender_refused");
     let (_, reason, detail) = world.dead_letter().await;
     assert_eq!(reason, "sender_refused");
     assert!(detail.contains("not owned by"), "{detail}");

@@ -100,7 +100,7 @@ async fn a_self_signed_certificate_as_openssl_makes_it_is_trusted_once_it_is_amo
     for (organization, certificate) in &others {
         let server = starttls_server(certificate).await;
         let story = story_through(&world, organization, json!({"port": server.port()})).await;
-        assert_eq!(story, "dead tls_failed", "{organization}");
+        assert_eq!(story, "parked tls_failed", "{organization}");
         assert_untouched(&server, organization);
     }
     worker.stop().await;
@@ -125,7 +125,7 @@ async fn a_certificate_for_another_name_or_another_time_fails_and_plaintext_is_n
             let fields = json!({"port": server.port(), "secure": secure});
             world.organization_at(&organization, fields).await;
             let id = world.publish(&job(Some(&organization))).await;
-            assert_eq!(world.story(id).await, "dead tls_failed", "{organization}");
+            assert_eq!(world.story(id).await, "parked tls_failed", "{organization}");
             assert_untouched(&server, &organization);
             let detail = letters.of(&world, id).await.text("sendoff-detail").unwrap_or_default();
             assert!(detail.contains("certificate"), "{organization}: {detail}");
@@ -147,7 +147,7 @@ async fn a_server_that_offers_no_tls_gets_no_credentials_whatever_the_mode() {
         .await;
         let fields = json!({"port": stripped.port(), "secure": secure});
         let story = story_through(&world, organization, fields).await;
-        assert_eq!(story, "dead tls_required", "{organization}");
+        assert_eq!(story, "parked tls_required", "{organization}");
         assert_eq!(stripped.connections(), 1);
         assert_untouched(&stripped, organization);
     }
@@ -176,7 +176,7 @@ async fn credentials_travel_in_the_clear_only_where_the_operator_allows_it() {
     assert_eq!(story_through(&world, "opportunistic", fields).await, "sent");
     assert_eq!(opportunistic.messages()[0].tls, None);
     let fields = json!({"port": required.port(), "secure": true});
-    assert_eq!(story_through(&world, "required", fields).await, "dead tls_required");
+    assert_eq!(story_through(&world, "required", fields).await, "parked tls_required");
     assert_untouched(&required, "required");
     worker.stop().await;
     world.end().await;
@@ -195,9 +195,9 @@ async fn replies_injected_behind_the_answer_to_starttls_are_not_taken() {
         let action = Action::Inject(bytes.to_vec());
         let server = world.with_rules(organization, [Rule::new(Stage::Starttls, action)]).await;
         let id = world.publish(&job(Some(organization))).await;
-        assert_eq!(world.story(id).await, "dead tls_failed", "{organization}");
+        assert_eq!(world.story(id).await, "parked tls_failed", "{organization}");
         assert_untouched(&server, organization);
-        world.state(Some(organization), id, State::Dead).await;
+        world.state(Some(organization), id, State::Parked).await;
         let (_, _, detail) = world.dead_letter().await;
         assert!(detail.contains("injection"), "{detail}");
     }

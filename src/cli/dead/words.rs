@@ -5,7 +5,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::cli::output::harmless;
-use crate::cli::story::{advice, because, counted, fact, masked, moment};
+use crate::cli::story::{advice, because, counted, fact, masked, moment, parked_next};
 use crate::model::failure::Reason;
 use crate::model::ledger::{JobOutcome, JobStatus, State};
 use crate::model::letter::{Deed, DeedOutcome, Letter, LetterDeed, LetterState};
@@ -32,8 +32,9 @@ pub(in crate::cli) fn letter(
     ledger: Option<&JobStatus>,
     now: OffsetDateTime,
 ) -> Vec<String> {
+    let ended = if letter.state == LetterState::Parked { "was parked" } else { "died" };
     let mut lines = vec![
-        format!("It died at {}, {}.", moment(letter.died_at, now), because(letter.reason)),
+        format!("It {ended} at {}, {}.", moment(letter.died_at, now), because(letter.reason)),
         what_next(letter, ledger),
     ];
     let mut add = |name: &str, value: Option<String>| lines.extend(value.map(|value| fact(name, &value)));
@@ -62,14 +63,14 @@ pub(in crate::cli) fn deeds(letter: &Letter, ledger: Option<&JobStatus>, now: Of
     if history.is_empty() {
         return Vec::new();
     }
-    let mut lines = vec!["Replays and discards:".to_owned()];
+    let mut lines = vec!["Replays, releases and discards:".to_owned()];
     lines.extend(
         history.iter().enumerate().map(|(at, deed)| format!("  {}. {}", at + 1, told(deed, letter, now))),
     );
     lines
 }
 
-/// The letter's history, with the outcome of its last replay from the ledger where the archive has none yet.
+/// The letter's history, with the outcome of its last replay or release from the ledger where the archive has none yet.
 pub(super) fn history(letter: &Letter, ledger: Option<&JobOutcome>) -> Vec<LetterDeed> {
     let mut history = letter.history.clone();
     if let (true, Some(last), Some(status)) = (is_open(letter), history.last_mut(), ledger)
@@ -85,10 +86,11 @@ pub(super) fn history(letter: &Letter, ledger: Option<&JobOutcome>) -> Vec<Lette
     history
 }
 
-/// Whether only the ledger knows what came of the letter's last replay.
+/// Whether only the ledger knows what came of the letter's last replay or release.
 pub(super) fn is_open(letter: &Letter) -> bool {
+    let waits = |last: &LetterDeed| last.what != Deed::Discard && last.outcome.is_none();
     matches!(letter.state, LetterState::Replayed | LetterState::Dead)
-        && letter.history.last().is_some_and(|last| last.what == Deed::Replay && last.outcome.is_none())
+        && letter.history.last().is_some_and(waits)
 }
 
 fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
@@ -97,12 +99,15 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
         return format!("{at}, discarded by {by}");
     }
     let outcome = match &deed.outcome {
-        None if letter.state == LetterState::Replaying => "its copy is not confirmed yet".to_owned(),
+        None if matches!(letter.state, LetterState::Replaying | LetterState::Parked) => {
+            "its copy is not confirmed yet".to_owned()
+        }
         None => "its outcome is not known".to_owned(),
         Some(DeedOutcome { state, reason, at }) => {
             let words = match State::from_name(state) {
                 Some(State::Sent) => "sent".to_owned(),
                 Some(State::Dead) => "it died again".to_owned(),
+                Some(State::Parked) => "it was parked".to_owned(),
                 Some(State::Deferred) => "it waits for its next attempt".to_owned(),
                 Some(State::Claimed) => "a worker has it".to_owned(),
                 _ => harmless(state),
@@ -112,23 +117,26 @@ fn told(deed: &LetterDeed, letter: &Letter, now: OffsetDateTime) -> String {
             format!("{words}{why}{at}")
         }
     };
-    format!("{at}, replayed by {by}: {outcome}")
+    match deed.what {
+        Deed::Release => format!("{at}, released when its organization's mail flowed again: {outcome}"),
+        Deed::Replay | Deed::Discard => format!("{at}, replayed by {by}: {outcome}"),
+    }
 }
 
 fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
     let id = letter.id();
     match letter.state {
-        LetterState::Parked => {
-            "Next: it goes back to its lane by itself once its organization's configuration works.".to_owned()
-        }
+        LetterState::Parked => parked_next(letter.owner().organization()),
         LetterState::Replaying => {
             format!(
                 "Next: it is being replayed. If that was broken off, `sendoff dead replay --id {id}` ends it."
             )
         }
         LetterState::Replayed => match ledger {
-            None => "Next: it was replayed; the ledger has forgotten what came of it.".to_owned(),
-            Some(status) => format!("Next: it was replayed; the job is {} now.", status.state.as_str()),
+            None => format!("Next: it was {}; the ledger has forgotten what came of it.", gone(letter)),
+            Some(status) => {
+                format!("Next: it was {}; the job is {} now.", gone(letter), status.state.as_str())
+            }
         },
         LetterState::Discarded => {
             format!(
@@ -139,6 +147,14 @@ fn what_next(letter: &Letter, ledger: Option<&JobStatus>) -> String {
             format!("Next: {}.", advice(Reason::UnknownOutcome, id))
         }
         LetterState::Dead => format!("Next: {}.", advice(letter.reason, id)),
+    }
+}
+
+/// In which way its last copy went out.
+fn gone(letter: &Letter) -> &'static str {
+    match letter.history.last().map(|last| last.what) {
+        Some(Deed::Release) => "released",
+        Some(Deed::Replay | Deed::Discard) | None => "replayed",
     }
 }
 
@@ -226,6 +242,20 @@ mod tests {
     }
 
     #[test]
+    fn a_release_is_told_as_one() {
+        let mut letter = replayed(LetterState::Replayed);
+        letter.history[0].what = Deed::Release;
+        let sent = ledger(State::Sent, 2);
+        let told = deeds(&letter, Some(&sent), NOW);
+        assert!(told[1].contains("released when its organization's mail flowed again: sent"), "{told:?}");
+        assert!(
+            super::letter(&letter, Some(&sent), NOW)[1].starts_with("Next: it was released; the job is sent")
+        );
+        letter.state = LetterState::Parked;
+        assert!(deeds(&letter, None, NOW)[1].ends_with("its copy is not confirmed yet"));
+    }
+
+    #[test]
     fn a_letter_says_what_can_be_done_with_it() {
         let dead = super::letter(&replayed(LetterState::Dead), None, NOW).join("\n");
         for words in [
@@ -242,6 +272,8 @@ mod tests {
         assert!(super::letter(&held, None, NOW)[1].contains("--resend-unknown"));
         held.reason = Reason::Expired;
         assert!(super::letter(&held, None, NOW)[1].contains("never sent"));
+        let parked = super::letter(&replayed(LetterState::Parked), None, NOW);
+        assert!(parked[0].starts_with("It was parked at") && parked[1].contains("by itself"), "{parked:?}");
         let discarded = super::letter(&replayed(LetterState::Discarded), None, NOW);
         assert!(discarded[1].contains("--state discarded"), "{discarded:?}");
     }

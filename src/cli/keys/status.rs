@@ -79,8 +79,8 @@ fn lines(ring: &KeyRing, usage: &KeyUsage) -> Vec<KeyLine> {
             let why = match role {
                 Role::Seals => Some("it is the first: what is new is sealed under it".to_owned()),
                 Role::Opens if rows.is_empty() => None,
-                Role::Opens => Some(format!("{} need it; `sendoff keys rotate`", plural(rows))),
-                Role::Missing => Some(format!("{} need it; add it behind the first", plural(rows))),
+                Role::Opens => Some(format!("{} under it; `sendoff keys rotate`", plural(rows))),
+                Role::Missing => Some(format!("{} under it; add it behind the first", plural(rows))),
             };
             let SealedRows { configurations, letters, values } = rows;
             let id = id.to_owned();
@@ -159,7 +159,7 @@ mod tests {
             ]
         );
         let shown = words(&lines, SealedRows::default()).join("\n");
-        assert!(shown.contains("no: 1 letter need it; `sendoff keys rotate`"), "{shown}");
-        assert!(shown.contains("no: 2 configurations and 3 letters need it; add it"), "{shown}");
+        assert!(shown.contains("no: 1 letter under it; `sendoff keys rotate`"), "{shown}");
+        assert!(shown.contains("no: 2 configurations and 3 letters under it; add it"), "{shown}");
     }
 }

@@ -122,8 +122,8 @@ fn about(command: Command) -> &'static str {
         Command::FeatureSet => "Switches a feature on or off for the organization.",
         Command::JobStatus => "What became of a job. Errors: not_found.",
         Command::JobCancel => {
-            "Calls back one job by its id, or the jobs of a group up to a sequence: what is not yet taken up will be dead with \
-             reason cancelled. May be repeated."
+            "Calls back a job by its id, or every job of a booking (group) up to and with a sequence. What is not yet taken up \
+             will be dead with reason cancelled."
         }
     }
 }
@@ -149,17 +149,17 @@ fn params(command: Command) -> Vec<Param> {
             required("enabled", json!({"type": "boolean"})),
         ],
         Command::JobStatus => vec![required("id", uuid())],
-        Command::JobCancel => vec![
-            optional("id", uuid()),
-            optional("group", group()),
-            optional(
-                "sequence",
-                json!({
-                    "description": "That and everything below is called back.",
-                    "type": "integer", "minimum": 0, "maximum": i64::MAX,
-                }),
-            ),
-        ],
+        Command::JobCancel => {
+            let group = json!({
+                "description": "The booking's UID. Without control characters.",
+                "type": "string", "minLength": 1, "maxLength": Revision::GROUP_MAX, "pattern": NO_CONTROLS,
+            });
+            let sequence = json!({
+                "description": "The revision that is called back, and all below.",
+                "type": "integer", "minimum": 0, "maximum": i64::MAX,
+            });
+            vec![optional("id", uuid()), optional("group", group), optional("sequence", sequence)]
+        }
     }
 }
 
@@ -170,18 +170,11 @@ fn rule(command: Command) -> Option<Value> {
             Some(fields(false).iter().map(|field| json!({"required": [field.name]})).collect())
         }
         Command::JobCancel => Some(json!([
-            {"required": ["id"], "properties": {"group": false, "sequence": false}},
-            {"required": ["group", "sequence"], "properties": {"id": false}},
+            {"required": ["id"], "not": {"anyOf": [{"required": ["group"]}, {"required": ["sequence"]}]}},
+            {"required": ["group", "sequence"], "not": {"required": ["id"]}},
         ])),
         _ => None,
     }
-}
-
-fn group() -> Value {
-    json!({
-        "description": "The booking's.",
-        "type": "string", "minLength": 1, "maxLength": Revision::GROUP_MAX, "pattern": NO_CONTROLS,
-    })
 }
 
 /// What makes a configuration.

@@ -17,7 +17,7 @@ pub(super) fn result_of(command: Command) -> &'static str {
         Command::SendTestEmail => "TestEmail",
         Command::FeatureSet => "Feature",
         Command::JobStatus => "JobStatus",
-        Command::JobCancel => "Cancelled",
+        Command::JobCancel => "Cancellation",
     }
 }
 
@@ -36,7 +36,7 @@ pub(super) fn definitions() -> Vec<(String, Value)> {
         ("TestEmail", test_email()),
         ("Feature", object("Whether the organization has it.", json!({"enabled": {"type": "boolean"}}), &[])),
         ("JobStatus", job_status()),
-        ("Cancelled", cancelled()),
+        ("Cancellation", cancellation()),
     ];
     named.into_iter().map(|(name, schema)| (name.to_owned(), schema)).collect()
 }
@@ -134,15 +134,6 @@ fn test_email() -> Value {
     object("A test email that the server accepted.", properties, &[])
 }
 
-fn cancelled() -> Value {
-    let count = |description: &str| json!({"description": description, "type": "integer", "minimum": 0});
-    let properties = json!({
-        "cancelled": count("Jobs that the ledger knows and that will not be sent."),
-        "too_late": count("Jobs that were sent, or are being sent now."),
-    });
-    object("What was called back.", properties, &[])
-}
-
 fn job_status() -> Value {
     let states: Vec<_> = State::ALL.iter().map(|state| state.as_str()).collect();
     let text = |description: &str| json!({"description": description, "type": ["string", "null"]});
@@ -164,6 +155,14 @@ fn job_status() -> Value {
         "platform": {"description": "Given together with letter: whether it is the platform's.", "type": "boolean"},
     });
     object("What is known of a job.", properties, &["letter", "platform"])
+}
+
+fn cancellation() -> Value {
+    let properties = json!({
+        "cancelled": {"description": "Jobs that are not sent any more.", "type": "integer", "minimum": 0},
+        "too_late": {"description": "Jobs that were sent, or may have been.", "type": "integer", "minimum": 0},
+    });
+    object("What became of the jobs that were called back.", properties, &[])
 }
 
 /// An object whose properties are all there, but for those named.

@@ -70,7 +70,13 @@ fn a_command_that_is_understood_fits_the_schema() {
         ("smtp_config.update", versioned),
         ("smtp_config.delete", json!(null)),
         ("feature.set", json!({"feature": "custom-smtp-for-orgs", "enabled": true})),
+        ("smtp_config.test", json!(null)),
+        ("smtp_config.test", json!({"port": 465})),
+        ("smtp_config.test", whole),
+        ("smtp_config.send_test_email", json!({"to": "ann@example.org"})),
         ("job.status", json!({"id": ID})),
+        ("job.cancel", json!({"id": ID})),
+        ("job.cancel", json!({"group": "booking-1", "sequence": 3})),
     ] {
         for organization in [json!(42), json!("acme")] {
             for actor in [json!("user:7"), json!(null)] {
@@ -132,6 +138,13 @@ fn what_the_reader_refuses_does_not_fit() {
         with("feature.set", json!({"feature": "custom-smtp-for-orgs"})),
         with("job.status", json!({"id": "7"})),
         json!({"command": "job.status"}),
+        with("smtp_config.send_test_email", json!({"to": "Ann"})),
+        with("smtp_config.send_test_email", json!(null)),
+        with("job.cancel", json!({})),
+        with("job.cancel", json!({"id": ID, "group": "booking-1"})),
+        with("job.cancel", json!({"group": "booking-1"})),
+        with("job.cancel", json!({"group": "", "sequence": 3})),
+        with("job.cancel", json!({"group": "booking-1", "sequence": -1})),
     ] {
         assert!(by_the_schema(&body).is_err(), "the schema takes {body}");
     }

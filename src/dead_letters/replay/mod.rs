@@ -4,8 +4,8 @@
 //! through. Bodies in memory are bounded, and every letter that was drawn is accounted for.
 
 mod canary;
-mod judge;
-mod publish;
+pub(super) mod judge;
+pub(super) mod publish;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 pub use canary::{Canary, Loss};
 
-use self::judge::Ready;
+use self::judge::{Ready, Ways};
 use self::publish::Pacer;
 use crate::broker::Publisher;
 use crate::broker::wire::WireLimits;
@@ -296,13 +296,14 @@ impl<'a> Run<'a> {
         let archive = &self.replayer.archive;
         let opened = self.replayer.ask(async || archive.open_all(&ids).await).await;
         let mut opened = opened.inspect_err(|_| self.tally.not_reached += ids.len() as u64)?;
+        let ways = Ways { lanes: &self.replayer.lanes, limits: &self.replayer.limits };
         let mut ready = BTreeMap::new();
         for (id, (letter, skip)) in decided {
             let content = opened.remove(&id);
             if let Some(Err(error)) = &content {
                 self.tally.unopened.insert(error.to_string());
             }
-            match self.replayer.ready(&letter, content, self.order.lane.as_deref()) {
+            match judge::ready(&letter, content, &ways, self.order.lane.as_deref()) {
                 Ok(copy) => drop(ready.insert(id, (letter, copy))),
                 Err(fault) => self.tally.skip(&letter, skip.unwrap_or(fault)),
             }

@@ -94,7 +94,7 @@ fn note(
 }
 
 /// Publishes one copy until it is confirmed: a second one of the same turn harms nobody.
-async fn persist(
+pub(in crate::dead_letters) async fn persist(
     publisher: &Publisher,
     shutdown: &Shutdown,
     patience: Duration,

@@ -18,15 +18,16 @@ const fn says(words: &'static [&'static str], advice: &'static str) -> Saying {
     Saying { words, enhanced: None, domain: None, advice }
 }
 
-const fn code(class: u8, subject: u16, detail: u16, advice: &'static str) -> Saying {
-    Saying { words: &[], enhanced: Some(EnhancedCode(class, subject, detail)), domain: None, advice }
-}
-
 const fn at(domain: &'static str, advice: &'static str) -> Saying {
     Saying { words: &[], enhanced: None, domain: Some(domain), advice }
 }
 
 impl Saying {
+    /// The code tells as much as the words do.
+    const fn or_code(self, class: u8, subject: u16, detail: u16) -> Self {
+        Self { enhanced: Some(EnhancedCode(class, subject, detail)), ..self }
+    }
+
     fn fits(&self, text: &str, reply: &Reply, server: ServerFacts<'_>) -> bool {
         self.words.iter().any(|word| text.contains(word))
             || (self.enhanced.is_some() && self.enhanced == reply.enhanced)
@@ -55,11 +56,14 @@ fn asks_for_tls(reply: &Reply, text: &str) -> bool {
         || (reply.code == 530 && ["starttls", "tls first", "encryption"].iter().any(|w| text.contains(w)))
 }
 
-const MICROSOFT_NO_PASSWORDS: &str = "Microsoft 365 takes no password for this account: basic authentication is switched off there. Its administrator has \
-     to allow authenticated SMTP for this mailbox, which security defaults and authentication policies forbid; where \
-     that is not possible, use another server.";
-const MICROSOFT_PASSWORD: &str = "Microsoft 365 refused the user name or the password. The user name is the mailbox's whole address. With two-step \
-     verification an app password is needed, and the administrator must have enabled authenticated SMTP for the mailbox.";
+const MICROSOFT_NO_PASSWORDS: &str = "Microsoft 365 takes no password for this account: basic authentication \
+                                      is switched off there. Its administrator has to allow authenticated \
+                                      SMTP for this mailbox, which security defaults and authentication \
+                                      policies forbid; where that is not possible, use another server.";
+const MICROSOFT_PASSWORD: &str = "Microsoft 365 refused the user name or the password. The user name is the \
+                                  mailbox's whole address. With two-step verification an app password is \
+                                  needed, and the administrator must have enabled authenticated SMTP for the \
+                                  mailbox.";
 
 /// Refused logins, by what is said. The first one that fits counts.
 const LOGIN: &[Saying] = &[
@@ -70,16 +74,10 @@ const LOGIN: &[Saying] = &[
     ),
     says(
         &["log in via your web browser", "web login required"],
-        "Google holds this login back. Sign in to the account in a web browser, confirm there that it was you, and enter \
-         an app password here.",
-    ),
-    code(
-        5,
-        7,
-        14,
         "The provider holds this login back. Sign in to the account in a web browser, confirm there that it was you, and \
          enter an app password here.",
-    ),
+    )
+    .or_code(5, 7, 14),
     says(
         &["username and password not accepted"],
         "Google refused the user name or the password. The user name is the whole email address. The password has to be \
@@ -96,18 +94,15 @@ const LOGIN: &[Saying] = &[
         "Authenticated SMTP is switched off for this mailbox. Its Microsoft 365 administrator has to switch it on: the \
          user's Mail settings, Manage email apps, Authenticated SMTP.",
     ),
-    says(
-        &["basic authentication is disabled", "basic authentication is not supported"],
-        MICROSOFT_NO_PASSWORDS,
-    ),
+    says(&["basic authentication is disabled"], MICROSOFT_NO_PASSWORDS),
+    says(&["basic authentication is not supported"], MICROSOFT_NO_PASSWORDS).or_code(5, 7, 30),
     says(&["user credentials were incorrect"], MICROSOFT_PASSWORD),
     says(
         &["security defaults policy", "did not meet the criteria to be authenticated"],
         "A policy of the Microsoft 365 organization forbids this login. Its administrator has to exempt this mailbox \
          from it (security defaults, conditional access), or use another server.",
     ),
-    code(5, 7, 139, MICROSOFT_NO_PASSWORDS),
-    code(5, 7, 30, MICROSOFT_NO_PASSWORDS),
+    says(&[], MICROSOFT_NO_PASSWORDS).or_code(5, 7, 139),
     says(
         &["authentication credentials invalid"],
         "Amazon SES refused the user name or the password. It wants SMTP credentials, created in the SES console (SMTP \
@@ -138,19 +133,14 @@ const LOGIN: &[Saying] = &[
         &["not authenticated"],
         "The server wants a login that it recognises before it takes mail. Use the port for sending, 587, and have its \
          administrator allow authenticated SMTP for this account.",
-    ),
-    code(
-        5,
-        7,
-        57,
-        "The server wants a login that it recognises before it takes mail. Use the port for sending, 587, and have its \
-         administrator allow authenticated SMTP for this account.",
-    ),
+    )
+    .or_code(5, 7, 57),
     says(&[".outlook.com"], MICROSOFT_PASSWORD),
 ];
 
-const APP_PASSWORD_YAHOO: &str = "This provider takes no account password here. Sign in to the account in a web browser, create an app password under \
-     Account security, and enter it as the password.";
+const APP_PASSWORD_YAHOO: &str = "This provider takes no account password here. Sign in to the account in a \
+                                  web browser, create an app password under Account security, and enter it \
+                                  as the password.";
 
 /// Refused logins in words that many servers use, by whose server it is.
 const LOGIN_BY_HOST: &[Saying] = &[
@@ -186,17 +176,17 @@ const LOGIN_BY_HOST: &[Saying] = &[
 ];
 
 /// The server cannot tell now whether the login is right.
-const LOGIN_FOR_NOW: &str = "The server cannot check logins at the moment, so it is open whether the password is right. Try \
-                             again later; nothing needs to be changed.";
+const LOGIN_FOR_NOW: &str = "The server cannot check logins at the moment, so it is open whether the \
+                             password is right. Try again later; nothing needs to be changed.";
 
-const SEND_AS: &str = "This account may not send as the from address. Use the account's own address as from address, or have the \
-     administrator give the account the right to send as it (Exchange and Microsoft 365: Send As).";
+const SEND_AS: &str = "This account may not send as the from address. Use the account's own address as from \
+                       address, or have the administrator give the account the right to send as it (Exchange \
+                       and Microsoft 365: Send As).";
 
 /// Refused senders and messages, by what is said. The first one that fits counts.
 const DELIVERY: &[Saying] = &[
-    says(&["sendasdenied", "send as this sender"], SEND_AS),
-    code(5, 2, 252, SEND_AS),
-    code(5, 7, 60, SEND_AS),
+    says(&["sendasdenied"], SEND_AS).or_code(5, 2, 252),
+    says(&["send as this sender"], SEND_AS).or_code(5, 7, 60),
     says(
         &["address is not verified", "address not verified"],
         "Amazon SES does not know the from address in this region. Verify the address or its domain in the SES console, \

@@ -81,7 +81,7 @@ UPDATE dead_letters AS d SET
     lane = a.lane,
     deaths = d.deaths + a.deaths,
     history = CASE
-        WHEN d.history -> -1 ->> 'what' = 'replay' AND d.history -> -1 -> 'outcome' IS NULL
+        WHEN d.history -> -1 ->> 'what' IN ('replay', 'release') AND d.history -> -1 -> 'outcome' IS NULL
         THEN jsonb_set(d.history, '{-1,outcome}',
             jsonb_build_object('state', a.first_state, 'reason', a.first_reason, 'at', now()))
         ELSE d.history

@@ -4,6 +4,8 @@
 
 mod archive;
 mod content;
+mod parked;
+mod recoveries;
 mod replay;
 mod retention;
 mod search;
@@ -20,6 +22,8 @@ use uuid::Uuid;
 
 pub use archive::Archived;
 pub use content::{Content, Unopened};
+pub use parked::{Burial, ParkedShare, ParkedTaken, PartlySent};
+pub use recoveries::Recovery;
 pub use replay::{Examined, Page};
 pub use retention::LettersForgotten;
 pub use stats::{LetterAge, LetterCount};

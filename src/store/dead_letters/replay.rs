@@ -1,4 +1,4 @@
-//! Letters looked at for a replay, oldest first, and marked once it is through; letters discarded.
+//! Letters looked at for a replay, oldest first, and marked once it or a release is through; letters discarded.
 //! Guarantee: looking locks and changes nothing; a mark changes only a row that is still as the replay or the discard left
 //! or found it.
 
@@ -27,6 +27,8 @@ macro_rules! ledger_columns {
         concat!(
             "j.state AS job_state, j.turn AS job_turn, j.unknowns AS job_unknowns, j.reason AS job_reason,
     j.pending AS job_pending, j.refused AS job_refused, j.attempts AS job_attempts, j.replayed_at AS job_replayed_at,
+    j.detail AS job_detail, j.partly_sent AS job_partly_sent, j.message_id AS job_message_id,
+    j.history -> -1 ->> 'transport' AS job_transport,
     (j.body_hash IS NULL OR j.body_hash = d.body_hash) AS same_body, j.cancel_requested AS job_cancel_requested,
     g.sequence AS newest_sequence, g.cancelled AS cancelled_sequence,
     CASE WHEN j.state = 'claimed' THEN EXISTS (
@@ -75,7 +77,8 @@ const COUNT: &str = concat!("SELECT count(*) FROM dead_letters WHERE ", filtered
 const MARK_REPLAYED: &str = "
 WITH locked AS MATERIALIZED (
     SELECT d.letter FROM dead_letters AS d JOIN unnest($1::uuid[], $2::int[]) AS a (letter, turn) ON a.letter = d.letter
-    WHERE d.state = 'replaying' AND d.replay_turn = a.turn ORDER BY d.letter FOR UPDATE OF d
+    WHERE (d.state = 'replaying' OR d.state = 'parked' AND d.replay_turn > d.turn) AND d.replay_turn = a.turn
+    ORDER BY d.letter FOR UPDATE OF d
 )
 UPDATE dead_letters AS d SET state = 'replayed' FROM locked WHERE d.letter = locked.letter";
 
@@ -162,7 +165,8 @@ impl Store {
         Ok(row.try_get::<i64, _>(0)?.unsigned_abs())
     }
 
-    /// The copies of these replays are on the broker. A letter that has died again meanwhile stays dead.
+    /// The copies of these replays and releases are on the broker. A letter that has died, or was parked, again meanwhile
+    /// stays as it is.
     ///
     /// # Errors
     /// When the database did not answer; it may be repeated.
@@ -209,6 +213,11 @@ pub(super) struct Job {
     pub(super) view: LedgerView,
     pub(super) attempts: u32,
     pub(super) replayed_at: Option<OffsetDateTime>,
+    pub(super) detail: Option<String>,
+    pub(super) partly_sent: bool,
+    pub(super) message_id: Option<String>,
+    /// `organization` or `platform`: of the last attempt on record.
+    pub(super) transport: Option<String>,
 }
 
 /// A row with [`ledger_columns`]; none where the ledger has none.
@@ -230,7 +239,15 @@ pub(super) fn ledger_of(row: &PgRow) -> Result<Option<Job>, sqlx::Error> {
         cancel_requested: row.try_get("job_cancel_requested")?,
     };
     let attempts = count(row.try_get("job_attempts")?);
-    Ok(Some(Job { view, attempts, replayed_at: row.try_get("job_replayed_at")? }))
+    Ok(Some(Job {
+        view,
+        attempts,
+        replayed_at: row.try_get("job_replayed_at")?,
+        detail: row.try_get("job_detail")?,
+        partly_sent: row.try_get("job_partly_sent")?,
+        message_id: row.try_get("job_message_id")?,
+        transport: row.try_get("job_transport")?,
+    }))
 }
 
 /// The same row's booking.

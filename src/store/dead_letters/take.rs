@@ -130,10 +130,10 @@ fn is_deadlock(error: &sqlx::Error) -> bool {
 }
 
 /// A letter under its lock, with its job's row under its own.
-struct Held {
-    letter: Letter,
-    job: Option<Job>,
-    booking: Booking,
+pub(super) struct Held {
+    pub(super) letter: Letter,
+    pub(super) job: Option<Job>,
+    pub(super) booking: Booking,
 }
 
 impl Held {
@@ -174,11 +174,26 @@ impl Held {
             return;
         }
         letter.replays += 1;
-        letter.replay_turn = Some(replay.turn);
-        letter.turn = self.job.as_ref().map_or(letter.turn, |job| letter.turn.max(job.view.turn));
+        self.handed_over(
+            replay.turn,
+            LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None },
+        );
+    }
+
+    /// A copy of this turn is recorded.
+    pub(super) fn handed_over(&mut self, turn: Turn, deed: LetterDeed) {
+        self.catch_up();
+        let letter = &mut self.letter;
+        letter.replay_turn = Some(turn);
         let excess = (letter.history.len() + 1).saturating_sub(HISTORY_MAX);
         letter.history.drain(..excess);
-        letter.history.push(LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None });
+        letter.history.push(deed);
+    }
+
+    /// What the ledger's row is about is no news to the letter any more.
+    pub(super) fn catch_up(&mut self) {
+        let turn = self.letter.turn;
+        self.letter.turn = self.job.as_ref().map_or(turn, |job| turn.max(job.view.turn));
     }
 }
 
@@ -225,7 +240,7 @@ async fn take(
 
 /// The letters' rows and, behind all of them, their jobs' rows; with the time of the transaction, which is the one that is
 /// written.
-async fn lock(
+pub(super) async fn lock(
     session: &mut PgConnection,
     letters: &[LetterId],
 ) -> Result<(Vec<Held>, OffsetDateTime), sqlx::Error> {
@@ -279,6 +294,14 @@ async fn record(
             .execute(&mut *session)
             .await?;
     }
+    enter(session, &new).await
+}
+
+/// Enters jobs that the ledger does not have, as replayed now; those that have come into it meanwhile.
+pub(super) async fn enter(
+    session: &mut PgConnection,
+    new: &[(&Held, &JobKey, &Replay)],
+) -> Result<HashSet<JobKey>, sqlx::Error> {
     if new.is_empty() {
         return Ok(HashSet::new());
     }
@@ -304,7 +327,7 @@ async fn record(
     Ok(late.into_values().cloned().collect())
 }
 
-async fn write<'a>(
+pub(super) async fn write<'a>(
     session: &mut PgConnection,
     held: impl Iterator<Item = &'a Held>,
 ) -> Result<(), sqlx::Error> {
@@ -334,7 +357,7 @@ fn still_refused(held: &Held, replay: &Replay) -> Result<Option<String>, sqlx::E
     if rest.is_empty() { Ok(None) } else { json(&rest).map(Some) }
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, sqlx::Error> {
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, sqlx::Error> {
     serde_json::to_string(value).map_err(|error| sqlx::Error::Encode(error.into()))
 }
 

@@ -69,7 +69,7 @@ WITH asked AS MATERIALIZED (
         END
         AND ((j.crashes = 0 AND (j.state <> 'claimed' OR j.owner = ANY ($6)))
             OR j.id || '/' || j.organization_id = ANY ($11))
-    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, message_id, pending, refused, partly_sent, orphan,
+    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, reason, message_id, pending, refused, partly_sent, orphan,
         crashes, unknowns, cancel_requested
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
@@ -293,6 +293,7 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         spared: count(row.try_get("spared")?),
         first_at: row.try_get("first_at")?,
         replayed_at: row.try_get("replayed_at")?,
+        reason: reason(row)?,
         now: row.try_get("now")?,
         message_id: row.try_get("message_id")?,
         pending: positions(row)?,
@@ -307,6 +308,10 @@ fn claimed(owner: Incarnation, row: &PgRow) -> Result<Claimed, sqlx::Error> {
         config_version: row.try_get("config_version")?,
         config_failing: row.try_get("config_failing")?,
     })
+}
+
+fn reason(row: &PgRow) -> Result<Option<Reason>, sqlx::Error> {
+    Ok(row.try_get::<Option<&str>, _>("reason")?.and_then(Reason::from_name))
 }
 
 /// Those that are still to be sent to.
@@ -342,7 +347,7 @@ impl Standing {
             turn,
             // What was claimed had been put aside for its lane: only such a copy bears the current turn there.
             state: if taken_up { State::Deferred } else { state },
-            reason: row.try_get::<Option<&str>, _>("reason")?.and_then(Reason::from_name),
+            reason: reason(row)?,
             detail: row.try_get("detail")?,
             pending: positions(row)?,
             wait: not_before.map(|not_before| until(now, not_before)).unwrap_or_default(),

@@ -76,9 +76,13 @@ FROM due WHERE c.organization_id = due.organization_id
 RETURNING c.organization_id, c.version";
 
 const PROBE_FAILED: &str = "
-UPDATE smtp_configs SET failing_reason = $3, failing_hint = $4, probes = probes + 1,
+UPDATE smtp_configs SET failing_reason = $3, failing_hint = coalesce($4, failing_hint), probes = probes + 1,
     next_probe_at = now() + ($5::int[])[least(probes + 1, cardinality($5::int[]))] * interval '1 second'
 WHERE organization_id = $1 AND version = $2 AND failing_since IS NOT NULL";
+
+const FAILING_IN_USE: &str = "
+SELECT count(*) FROM smtp_configs JOIN organizations USING (organization_id)
+WHERE failing_since IS NOT NULL AND ($1 OR custom_smtp)";
 
 const UNANNOUNCED: &str = "
 SELECT organization_id, version, failing_reason, failing_hint FROM smtp_configs
@@ -188,11 +192,17 @@ impl SmtpConfigs {
             .collect()
     }
 
-    /// A probe found that it still does not work, and why: the next one comes after a longer pause.
+    /// A probe found that it still does not work, and why: the next one comes after a longer pause. Without a hint the one
+    /// before stays.
     ///
     /// # Errors
     /// When the database did not answer.
-    pub async fn probe_failed(&self, probe: &DueProbe, reason: Reason, hint: &str) -> Result<(), StoreError> {
+    pub async fn probe_failed(
+        &self,
+        probe: &DueProbe,
+        reason: Reason,
+        hint: Option<&str>,
+    ) -> Result<(), StoreError> {
         let question = sqlx::query(PROBE_FAILED)
             .bind(probe.organization.as_str())
             .bind(probe.version)
@@ -236,13 +246,13 @@ impl SmtpConfigs {
 }
 
 impl Store {
-    /// How many organizations have their mail parked because their configuration fails.
+    /// How many organizations have their mail parked because the configuration that they use fails. `for_all`: no feature flag is
+    /// asked for.
     ///
     /// # Errors
     /// When the database did not answer.
-    pub async fn failing_count(&self) -> Result<u64, StoreError> {
-        let question =
-            sqlx::query_scalar("SELECT count(*) FROM smtp_configs WHERE failing_since IS NOT NULL");
+    pub async fn failing_count(&self, for_all: bool) -> Result<u64, StoreError> {
+        let question = sqlx::query_scalar(FAILING_IN_USE).bind(for_all);
         let count: i64 = self.on_session(async |session| question.fetch_one(session).await).await?;
         Ok(count.unsigned_abs())
     }

@@ -38,13 +38,13 @@ impl World {
         .await
     }
 
-    /// Waits until a job is sent, dead or expired, and tells its events in order: `deferred timeout, sent`. An end that is
+    /// Waits until a job is sent, parked, dead or expired, and tells its events in order: `deferred timeout, sent`. An end that is
     /// said again, for a copy that came again, is told once: events come at least once.
     pub async fn story(&self, id: Uuid) -> String {
         let of_job = |event: &Value| event["job_id"] == id.to_string();
         let ends = |event: &Value| {
             let kind = event["type"].as_str().unwrap_or_default();
-            of_job(event) && ["email.sent", "email.dead", "email.expired"].contains(&kind)
+            of_job(event) && ["email.sent", "email.parked", "email.dead", "email.expired"].contains(&kind)
         };
         self.events.wait_for(ends, SOON).await;
         let events = self.events.all();

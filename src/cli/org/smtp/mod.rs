@@ -22,7 +22,8 @@ use fields::{FieldArgs, given};
 #[derive(Debug, Subcommand)]
 #[command(
     after_help = "Examples:\n  sendoff org smtp show 42\n  sendoff org smtp create 42 --host smtp.example.org --port 587 \
-    --username mailer --from-email bookings@example.org --from-name Bookings --password-file secret.txt\n  sendoff org smtp test 42\n  \
+    --username mailer \\\n      --from-email bookings@example.org --from-name Bookings --password-file secret.txt\n  \
+    sendoff org smtp test 42\n  \
     sendoff org smtp send-test 42 --to ann@example.org"
 )]
 pub(in crate::cli) enum SmtpCommand {
@@ -60,7 +61,7 @@ pub(in crate::cli) struct DeleteArgs {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  sendoff org smtp create 42 --host smtp.example.org --port 587 --username mailer \
+    after_help = "Example:\n  sendoff org smtp create 42 --host smtp.example.org --port 587 --username mailer \\\n      \
     --from-email bookings@example.org --from-name Bookings\n\nThe password comes from --password-file or from \
     standard input; a terminal is asked for it."
 )]

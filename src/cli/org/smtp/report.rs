@@ -54,7 +54,8 @@ pub(super) fn lines(report: &Value, marks: Marks) -> Option<Vec<String>> {
         };
         lines.extend(wrapped("", &format!("The connection test passed; nothing was sent.{warned}")));
     } else {
-        lines.extend(failure(&report["error"]));
+        let failed = items("steps").into_iter().rev().find(|step| step["ok"] == false).unwrap_or_default();
+        lines.extend(failure(&failed, &report["error"]));
     }
     Some(lines)
 }
@@ -75,12 +76,20 @@ fn time(ms: &Value) -> String {
     }
 }
 
-fn failure(error: &Value) -> Vec<String> {
+/// What failed, why, and what to do; the cause is not repeated where the step's own line has it already.
+fn failure(step: &Value, error: &Value) -> Vec<String> {
     let text = |name: &str| error[name].as_str().map(masked);
-    let message = text("message").unwrap_or_default();
+    let place = step["step"].as_str().map(|step| format!(" at {}", masked(step))).unwrap_or_default();
+    let is_told = |message: &str| {
+        step["detail"]
+            .as_str()
+            .is_some_and(|detail| detail.trim_end_matches('.') == message.trim_end_matches('.'))
+    };
+    let message = error["message"].as_str().filter(|message| !is_told(message));
+    let message = message.map(|message| format!(": {}", masked(message))).unwrap_or_default();
     let field = text("field").map(|field| format!(", field {field}")).unwrap_or_default();
     let code = text("code").map(|code| format!(" ({code}{field})")).unwrap_or_default();
-    let mut lines = wrapped("", &format!("The connection test failed: {message}{code}"));
+    let mut lines = wrapped("", &format!("The connection test failed{place}{message}{code}"));
     if let Some(hint) = text("hint") {
         lines.extend(wrapped("Next: ", &hint));
     }
@@ -131,7 +140,7 @@ mod tests {
             ],
             "warnings": ["SPF: example.org has no record, so that recipients' servers cannot tell this mail from a forgery."],
             "notes": ["DKIM: not checked, for a selector is not known."],
-            "error": {"code": "auth_failed", "message": "The server refused user name or password",
+            "error": {"code": "auth_failed", "message": "The server refused the password",
                       "field": "password", "hint": "Use an app password."},
         })
     }
@@ -146,8 +155,15 @@ ok      address          0 ms  198.51.100.7 (IPv4) is public
 FAILED  authenticate   10.4 s  535 5.7.8 a…@example.org: no
 warning SPF: example.org has no record, so that recipients' servers cannot tell this mail from a forgery.
 note    DKIM: not checked, for a selector is not known.
-The connection test failed: The server refused user name or password (auth_failed, field password)
+The connection test failed at authenticate: The server refused the password (auth_failed, field password)
 Next: Use an app password."
+        );
+        let mut report = refused();
+        report["error"]["message"] = json!("535 5.7.8 ann@example.org: no");
+        let words = shown(&report, false);
+        assert!(
+            words.contains("\nThe connection test failed at authenticate (auth_failed, field password)\n"),
+            "told already: {words}"
         );
     }
 

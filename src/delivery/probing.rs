@@ -1,0 +1,220 @@
+//! Probes: whether a configuration that fails works by now, found out by a connection test that sends nothing.
+//! Guarantee: each probe is one connection of one worker's; one whose worker died is made later by another; a slow server
+//! holds up no other's probe, and trouble that may pass by itself says nothing about the configuration.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::model::advice::{self, ServerFacts};
+use crate::model::failure::{Failure, Reason};
+use crate::model::health;
+use crate::model::policy;
+use crate::model::smtp_settings::{Destination, SmtpAccount};
+use crate::settings::CustomSmtp;
+use crate::smtp::SmtpConnector;
+use crate::store::{DueProbe, StoreError, StoredAccount, Unreadable};
+
+use super::worker::Worker;
+
+/// Between two looks for probes that are due.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Probes at once in this worker, beside `delivery.max_sessions`.
+const PROBES: usize = 16;
+/// One probe as a whole.
+const LIMIT: Duration = Duration::from_secs(20);
+/// For the goodbye behind a verdict.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// A probe that has brought no verdict for so long is taken by another worker: longer than one takes.
+const LEASE: Duration = Duration::from_secs(60);
+/// Trouble that nobody has announced for so long was a worker's that has died.
+const UNANNOUNCED_FOR: Duration = Duration::from_secs(10);
+
+/// What a probe found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Found {
+    /// It works.
+    Works,
+    /// It does not; without a hint the one before stays.
+    Fails(Reason, Option<String>),
+    /// Nothing that this worker could judge.
+    Nothing,
+}
+
+/// Makes probes for as long as the worker runs.
+pub struct Prober {
+    /// What it shares with the lanes.
+    pub worker: Arc<Worker>,
+    /// Opens sessions outside the pool: what is kept there was opened when all was well.
+    pub connector: SmtpConnector,
+}
+
+impl Prober {
+    /// Until the worker takes no new work; probes under way are left to their lease.
+    pub async fn run(self) {
+        let this = Arc::new(self);
+        let mut probes = JoinSet::new();
+        let mut announcing: Option<JoinHandle<()>> = None;
+        while !this.worker.shutdown.is_draining() {
+            while probes.try_join_next().is_some() {}
+            match this.due(PROBES - probes.len().min(PROBES)).await {
+                Ok(due) => due.into_iter().for_each(|probe| {
+                    let this = this.clone();
+                    probes.spawn(async move { this.probe(probe).await });
+                }),
+                Err(error) => tracing::debug!(%error, "probes could not be looked for now"),
+            }
+            if announcing.as_ref().is_none_or(JoinHandle::is_finished) {
+                let this = this.clone();
+                announcing = Some(tokio::spawn(async move { this.announce_forgotten().await }));
+            }
+            tokio::select! {
+                () = this.worker.shutdown.stop_taking() => {}
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    async fn due(&self, limit: usize) -> Result<Vec<DueProbe>, StoreError> {
+        let limit = u32::try_from(limit).unwrap_or(0);
+        if limit == 0 {
+            return Ok(Vec::new());
+        }
+        let for_all = self.worker.limits.custom_smtp == CustomSmtp::All;
+        self.worker.blames.configs.claim_probes(for_all, limit, LEASE).await
+    }
+
+    /// Where the database does not answer, the probe is made again when its lease has ended.
+    async fn probe(&self, probe: DueProbe) {
+        if let Err(error) = self.find_out(&probe).await {
+            tracing::debug!(organization = %probe.organization, %error, "a probe's verdict could not be recorded");
+        }
+    }
+
+    async fn find_out(&self, probe: &DueProbe) -> Result<(), StoreError> {
+        let configs = &self.worker.blames.configs;
+        let facts = configs.load_for_sending(&probe.organization).await?;
+        let (Some(failing), true) = (facts.health.failing, facts.config_version() == Some(probe.version))
+        else {
+            return Ok(());
+        };
+        let found = match &facts.account {
+            StoredAccount::Ready { account, .. } => return self.connect(probe, account, failing).await,
+            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { .. }, .. } => {
+                self.worker.key_missing.notify_one();
+                Found::Nothing
+            }
+            StoredAccount::Unreadable { .. } => {
+                let reason = Reason::ConfigUnreadable;
+                Found::Fails(reason, Some(advice::of_reason(reason).to_owned()))
+            }
+            StoredAccount::None => Found::Nothing,
+        };
+        self.record(probe, found).await
+    }
+
+    async fn connect(
+        &self,
+        probe: &DueProbe,
+        account: &SmtpAccount,
+        failing: Reason,
+    ) -> Result<(), StoreError> {
+        let destination =
+            Destination::Organization { id: probe.organization.clone(), version: probe.version };
+        let opening = tokio::time::timeout(LIMIT, self.connector.open(&destination, account));
+        let (session, found) = match opening.await {
+            Ok(Ok(session)) => (Some(session), Found::Works),
+            Ok(Err(failure)) => (None, judge(&failure, account, failing)),
+            Err(_) => (None, Found::Fails(failing, None)),
+        };
+        let recorded = self.record(probe, found).await;
+        if let Some(session) = session {
+            let _ = tokio::time::timeout(GOODBYE_LIMIT, session.quit()).await;
+        }
+        recorded
+    }
+
+    async fn record(&self, probe: &DueProbe, found: Found) -> Result<(), StoreError> {
+        let DueProbe { organization, version } = probe;
+        let configs = &self.worker.blames.configs;
+        match found {
+            Found::Nothing => return Ok(()),
+            Found::Works => {
+                if configs.recovered(organization, *version).await? {
+                    tracing::info!(%organization, version, "a configuration works again");
+                }
+            }
+            Found::Fails(reason, hint) => {
+                configs.probe_failed(probe, reason, hint.as_deref()).await?;
+                tracing::info!(%organization, version, %reason, "a configuration still does not work");
+            }
+        }
+        self.worker.blames.cache.invalidate(organization);
+        Ok(())
+    }
+
+    async fn announce_forgotten(&self) {
+        let Worker { blames, desk, .. } = &*self.worker;
+        match blames.configs.unannounced(UNANNOUNCED_FOR).await {
+            Ok(troubles) => {
+                for trouble in troubles {
+                    blames.announce(desk, trouble).await;
+                }
+            }
+            Err(error) => tracing::debug!(%error, "unannounced failures could not be looked for now"),
+        }
+    }
+}
+
+/// What is no fault of the configuration leaves it failing for the reason that it failed for.
+fn judge(failure: &Failure, account: &SmtpAccount, failing: Reason) -> Found {
+    match health::accusation(policy::judge(failure)) {
+        Some(reason) => {
+            let server = ServerFacts { host: &account.host, port: account.port, tls: account.tls };
+            Found::Fails(reason, Some(advice::hint(failure, server)))
+        }
+        None => Found::Fails(failing, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::address::Mailbox;
+    use crate::model::failure::{Fault, Phase, Reply, TlsFault};
+    use crate::model::smtp_settings::TlsMode;
+
+    #[test]
+    fn trouble_that_may_pass_leaves_the_reason_as_it_was() {
+        let account = SmtpAccount {
+            host: "smtp.example.org".into(),
+            port: 587,
+            tls: TlsMode::Required,
+            credentials: None,
+            from: Mailbox::parse("a@example.org").unwrap(),
+        };
+        let judged = |phase, fault| judge(&Failure::new(phase, fault), &account, Reason::AuthFailed);
+        let reply = |code, text| Fault::Reply(Reply::new(code, [text]));
+        for fault in [
+            reply(454, "4.7.0 Temporary authentication failure"),
+            reply(421, "4.7.0 Try again later"),
+            Fault::Lost,
+            Fault::Timeout,
+        ] {
+            assert_eq!(judged(Phase::Auth, fault), Found::Fails(Reason::AuthFailed, None));
+        }
+        let lookup = Fault::DnsFailed { detail: "no answer".into() };
+        assert_eq!(judged(Phase::Resolve, lookup), Found::Fails(Reason::AuthFailed, None));
+        let Found::Fails(reason, Some(_)) =
+            judged(Phase::Tls, Fault::Tls { kind: TlsFault::Expired, detail: "expired".into() })
+        else {
+            panic!("a verdict")
+        };
+        assert_eq!(reason, Reason::TlsFailed);
+        let Found::Fails(reason, Some(_)) = judged(Phase::Connect, Fault::Timeout) else {
+            panic!("a verdict")
+        };
+        assert_eq!(reason, Reason::ConnectTimeout);
+    }
+}

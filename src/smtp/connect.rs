@@ -7,15 +7,12 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use lettre::transport::smtp::authentication::{Credentials as ClientCredentials, Mechanism};
 use lettre::transport::smtp::client::AsyncSmtpConnection;
 use lettre::transport::smtp::commands::Auth;
 use lettre::transport::smtp::extension::ClientId;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use secrecy::SecretString;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
@@ -387,20 +384,10 @@ async fn authenticate(session: &mut Session, credentials: &Credentials) -> Resul
             });
         }
         if !reply.is_refusal() || reply.closes() || !policy::auth_may_try_next(&reply.to_model()) {
-            return Err(reply.without(&sent_forms(credentials)).into_fault());
+            return Err(reply.into_fault());
         }
     }
     Err(Fault::NoAuthMechanism { offered: session.offers().mechanisms.join(" ") })
-}
-
-/// The forms in which the credentials leave, which a server may repeat in its refusal; the longest first.
-fn sent_forms(credentials: &Credentials) -> Vec<SecretString> {
-    let (username, password) = (credentials.username(), credentials.password());
-    let plain = format!("\0{username}\0{password}");
-    let mut forms = vec![BASE64.encode(&plain), BASE64.encode(username), BASE64.encode(password)];
-    forms.extend([username.to_owned(), password.to_owned()]);
-    forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
-    forms.into_iter().map(SecretString::from).collect()
 }
 
 /// One AUTH exchange. LOGIN's prompts are not read: the first asks for the user name, the second for the password,

@@ -4,8 +4,6 @@
 
 use std::io;
 
-use secrecy::{ExposeSecret, SecretString};
-
 use crate::egress::{DialError, EgressError};
 use crate::model::failure::{Fault, Reply};
 
@@ -13,8 +11,6 @@ use crate::model::failure::{Fault, Reply};
 const LINE_MAX: usize = 8 << 10;
 /// Longest reply in all, in bytes.
 const REPLY_MAX: usize = 64 << 10;
-/// A user name or password that is shorter cannot be told from the reply's own words, in bytes.
-const SECRET_MIN: usize = 4;
 
 /// A complete reply as it came, its bytes made valid UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,18 +40,6 @@ impl RawReply {
     /// The server closes the connection behind this reply (RFC 5321 section 3.8).
     pub fn closes(&self) -> bool {
         self.code == 421
-    }
-
-    /// The reply without these, should the server have repeated one: so short a one as to be a part of common words is left.
-    pub fn without(mut self, secrets: &[SecretString]) -> Self {
-        let told =
-            secrets.iter().map(SecretString::expose_secret).filter(|secret| secret.len() >= SECRET_MIN);
-        for secret in told {
-            for line in &mut self.lines {
-                *line = line.replace(secret, "…");
-            }
-        }
-        self
     }
 
     /// What a reply means where only a refusal makes sense.
@@ -211,13 +195,6 @@ mod tests {
             RawReply { code: 221, lines: lines(&[""]) },
         ];
         assert_eq!((replies.as_slice(), fault), (&expected[..], None));
-    }
-
-    #[test]
-    fn credentials_that_a_server_repeats_are_taken_out() {
-        let reply = RawReply { code: 535, lines: vec!["5.7.8 s3cret of bob, not AHMzY3JldA==".to_owned()] };
-        let secrets = ["AHMzY3JldA==", "s3cret", "bob"].map(SecretString::from);
-        assert_eq!(reply.without(&secrets).lines, ["5.7.8 … of bob, not …"]);
     }
 
     #[test]

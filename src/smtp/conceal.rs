@@ -42,7 +42,7 @@ impl Concealed {
     /// The reply without them.
     pub fn conceal(&self, reply: RawReply) -> RawReply {
         let lines = reply.lines.into_iter();
-        let lines = lines.map(|line| self.forms.iter().fold(line, |line, form| without(line, form)));
+        let lines = lines.map(|line| self.forms.iter().fold(line, without));
         RawReply { code: reply.code, lines: lines.collect() }
     }
 }

@@ -26,12 +26,12 @@ impl Concealed {
         let (username, password) = (credentials.username(), credentials.password());
         // RFC 4616: PLAIN. LOGIN sends each of the two by itself.
         let mut forms = vec![STANDARD_NO_PAD.encode(format!("\0{username}\0{password}"))];
-        for secret in [username, password] {
+        for secret in [username, username.trim(), password, password.trim()] {
             let json = serde_json::Value::from(secret).to_string();
             let debug = format!("{secret:?}");
             let inner = |quoted: &str| quoted[1..quoted.len() - 1].to_owned();
             forms.extend([STANDARD_NO_PAD.encode(secret), percent(secret), inner(&json), inner(&debug)]);
-            forms.extend([secret.to_owned(), secret.trim().to_owned()]);
+            forms.push(secret.to_owned());
         }
         forms.retain(|form| !form.is_empty());
         forms.sort_by_key(|form| std::cmp::Reverse(form.len()));

@@ -567,6 +567,11 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     broker.close().await;
 
     test.wait_consumers(&control, 0).await;
+    let (to, prefix) = (access(), test.prefix.clone());
+    let waiting = tokio::spawn(async move { call(&to, &prefix, b"secret", SOON).await });
+    let command = test.take(&control).await;
+    assert_eq!(command.properties.delivery_mode(), &Some(1), "it is not for the broker's disk");
+    waiting.abort();
     let nobody =
         call(&access(), &test.prefix, b"ping", Duration::from_millis(300)).await.expect_err("nobody");
     assert!(matches!(nobody, RpcError::Timeout { consumers: 0, .. }), "{nobody}");

@@ -219,17 +219,18 @@ fn refused_commands() -> Vec<(&'static str, Value)> {
 }
 
 /// What a server says that repeats all it was told.
-fn echo(code: &str) -> Vec<u8> {
-    let encoded = STANDARD.encode(format!("\0{USERNAME}\0{PASSWORD}"));
-    let wrong = STANDARD.encode(format!("\0{USERNAME}\0{WRONG}"));
-    let (user, pass) = (STANDARD.encode(USERNAME), STANDARD.encode(PASSWORD));
-    format!(
-        "{code}-{code} user={USERNAME} pass={PASSWORD}{WRONG}\r\n{code}-AUTH PLAIN {encoded} {wrong} {user} {pass}\r\n\
-         {code} url={} json={} debug={WRONG:?}",
-        percent(PASSWORD, "-._~"),
+fn echo(code: &str, password: &str) -> Action {
+    let (plain, [user, pass]) = (
+        STANDARD.encode(format!("\0{USERNAME}\0{password}")),
+        [USERNAME, password].map(|text| STANDARD.encode(text)),
+    );
+    let said = format!(
+        "{code}-{code} user={USERNAME} pass={password}\r\n{code}-AUTH PLAIN {plain} {user} {pass}\r\n\
+         {code} url={} json={} debug={password:?}",
+        percent(password, "-._~"),
         json!(USERNAME),
-    )
-    .into_bytes()
+    );
+    Action::Reply(said.into_bytes())
 }
 
 /// What was said by whom, to be looked through at the end.
@@ -325,15 +326,17 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
         behaviour.login = Some((USERNAME.into(), PASSWORD.into()));
     })
     .await;
-    echoing.rule(Rule::new(Stage::Auth, Action::Reply(echo("535"))));
+    echoing.rule(Rule::new(Stage::Auth, echo("535", PASSWORD)));
+    let refusing = SmtpServer::start(|behaviour| behaviour.tls = Tls::Starttls(trusted.clone())).await;
+    refusing.rule(Rule::new(Stage::Auth, echo("535", WRONG)));
     let talkative = SmtpServer::start(|behaviour| {
         behaviour.tls = Tls::Starttls(trusted);
         behaviour.login = Some((USERNAME.into(), PASSWORD.into()));
         behaviour.mechanisms = vec!["LOGIN"];
     })
     .await;
-    talkative.rule(Rule::new(Stage::Rcpt, Action::Reply(echo("550"))).of("refused@customer.example"));
-    talkative.rule(Rule::new(Stage::FinalDot, Action::Reply(echo("250"))));
+    talkative.rule(Rule::new(Stage::Rcpt, echo("550", PASSWORD)).of("refused@customer.example"));
+    talkative.rule(Rule::new(Stage::FinalDot, echo("250", PASSWORD)));
 
     for (command, params) in commands(world.server.port()) {
         tell(&world, &mut collected, command, "acme", &params).await;
@@ -342,7 +345,7 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
         tell(&world, &mut collected, command, "acme", &params).await;
     }
     for port in [echoing.port(), talkative.port(), untrusted.port(), 1] {
-        let fields = json!({"host": "localhost", "port": port, "username": USERNAME, "password": WRONG,
+        let fields = json!({"host": "localhost", "port": port, "username": USERNAME, "password": PASSWORD,
             "from_email": "hello@acme.example", "from_name": "Team", "secure": true});
         tell(&world, &mut collected, "smtp_config.test", "acme", &fields).await;
     }
@@ -358,6 +361,7 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
         ("right", world.server.port(), PASSWORD),
         ("wrong", world.server.port(), WRONG),
         ("echoing", echoing.port(), PASSWORD),
+        ("refusing", refusing.port(), WRONG),
         ("talkative", talkative.port(), PASSWORD),
         ("untrusted", untrusted.port(), PASSWORD),
         ("closed", 1, PASSWORD),

@@ -536,6 +536,7 @@ fn settle(key: &JobKey, claimed: &Claimed, outcome: Settlement) -> Settle {
         turn: claimed.turn,
         outcome,
         attempts: claimed.attempts + 1,
+        spared: claimed.spared,
         unknowns: claimed.unknowns,
         message_id: claimed.message_id.clone(),
         pending: None,

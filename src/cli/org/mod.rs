@@ -53,12 +53,12 @@ struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}", self.message, self.code)?;
+        write!(f, "{} ({}", self.message.trim_end_matches('.'), self.code)?;
         if let Some(field) = &self.field {
             write!(f, ", field {field}")?;
         }
         f.write_str(")")?;
-        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " {hint}"))
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, ". {hint}"))
     }
 }
 

@@ -98,7 +98,7 @@ mod tests {
         };
         let words = say_how(refused("password").into()).to_string();
         assert!(
-            words.starts_with("Enter the SMTP password again. (invalid_field, field password) Give it with"),
+            words.starts_with("Enter the SMTP password again (invalid_field, field password). Give it with"),
             "{words}"
         );
         for way in ["--password-file FILE", "--password-stdin", "--ask-password"] {

@@ -347,6 +347,7 @@ async fn one(ledger: &Ledger, claim: Claim) -> anyhow::Result<()> {
         turn: claimed.turn,
         outcome: Settlement::Sent,
         attempts: 1,
+        spared: 0,
         unknowns: 0,
         message_id: claimed.message_id,
         pending: None,

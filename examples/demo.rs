@@ -148,6 +148,10 @@ impl Demo {
         ])
         .await?;
 
+        heading("Does it work? The connection test sends nothing");
+        self.sendoff(&["org", "smtp", "test", organization]).await?;
+        println!("(The demo's domain is made up, and has no records for the mail that it sends.)");
+
         heading("The booking system publishes a job to RabbitMQ");
         let job = self.job()?;
         let file = self.path("job.json");
@@ -234,6 +238,18 @@ impl Demo {
         println!("  sendoff job send --org nobody {message} --wait");
         println!("  sendoff dead list");
         println!("  sendoff dead show ID");
+        println!();
+        println!(
+            "This one waits (parked) while the password is wrong, and goes out by itself once it is right again:"
+        );
+        println!();
+        let organization = &self.organization;
+        println!("  echo not-it | sendoff org smtp update {organization} --password-stdin");
+        println!("  sendoff job send --org {organization} {message}");
+        println!("  sendoff org smtp test {organization}");
+        println!("  sendoff dead list --state parked");
+        println!("  sendoff org smtp update {organization} --password-file {}", self.path("password"));
+        println!("  sendoff job status ID");
         println!();
         println!("`./dev down` stops what `./dev up` keeps running.");
     }

@@ -32,7 +32,8 @@ const LANE: &str = "notifications";
 #[command(
     after_help = "Examples:\n  sendoff job send --org 42 --to ann@example.org --subject Hello --text 'It works' --wait\n  \
     sendoff job send --file job.json --lane reminders\n\nWith --wait the exit code is 0 when the server accepted the \
-    message, and 1 when the job died, expired, or had no outcome within --timeout."
+    message, and 1 when the job died, expired, or had no outcome within --timeout. A job that is put off or parked is \
+    waited for."
 )]
 pub(in crate::cli) struct SendArgs {
     /// A job as JSON (`-`: standard input); the other options are laid over it
@@ -251,6 +252,9 @@ fn words(event: &Value) -> String {
         facts.push(format!("{refused} of the recipients refused"));
     }
     let kind = text("type").unwrap_or("event");
+    if kind == "email.parked" {
+        facts.push("waits for its organization's configuration to be mended".to_owned());
+    }
     if facts.is_empty() { kind.to_owned() } else { format!("{kind}: {}", facts.join(", ")) }
 }
 
@@ -282,5 +286,8 @@ mod tests {
         assert_eq!(words(&sent), "email.sent: by the platform's server, <1@x>");
         let dead = json!({"type": "email.dead", "reason": "malformed"});
         assert_eq!(words(&dead), "email.dead: malformed");
+        let parked = json!({"type": "email.parked", "reason": "auth_failed"});
+        let waits = "waits for its organization's configuration to be mended";
+        assert_eq!(words(&parked), format!("email.parked: auth_failed, {waits}"));
     }
 }

@@ -36,8 +36,9 @@ fn status(config: &Value) -> String {
     }
     let org = shown(&config["organization_id"]);
     format!(
-        "failing: its mail waits (parked) and goes out by itself once a connection test succeeds. Correct the configuration \
-         with `sendoff org smtp update {org}`, or delete it; `sendoff org smtp test {org}` tells what is wrong."
+        "failing: its mail waits (parked) and goes out by itself once a connection test succeeds. \
+         `sendoff org smtp test {org}` tells what is wrong. Correct the configuration with `sendoff org smtp update {org}`, \
+         which is tested at once, or delete it."
     )
 }
 

@@ -8,11 +8,6 @@ use crate::model::failure::{Failure, Fault, Phase, Reason};
 use crate::model::policy::{self, Verdict};
 use crate::model::smtp_settings::SmtpAccount;
 
-/// What an account's server is for whoever gives advice about it.
-pub(super) fn server_facts(account: &SmtpAccount) -> ServerFacts<'_> {
-    ServerFacts { host: &account.host, port: account.port, tls: account.tls }
-}
-
 /// The error that tells of a failure. `allowed_ports` in words.
 pub(super) fn error(failure: &Failure, account: &SmtpAccount, allowed_ports: &str) -> ControlError {
     let code = code(failure);
@@ -20,7 +15,7 @@ pub(super) fn error(failure: &Failure, account: &SmtpAccount, allowed_ports: &st
         Fault::PortNotAllowed => format!("port {} is not allowed; allowed: {allowed_ports}", account.port),
         fault => sentence(failure.phase, fault, code),
     };
-    let error = ControlError::new(code, message).hint(advice::hint(failure, server_facts(account)));
+    let error = ControlError::new(code, message).hint(advice::hint(failure, ServerFacts::of(account)));
     match code {
         Code::HostNotPublic | Code::HostNotFound | Code::DnsFailed => error.field("host"),
         Code::PortNotAllowed => error.field("port"),

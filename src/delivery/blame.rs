@@ -32,9 +32,8 @@ impl Blames {
         let Destination::Organization { id, version } = &route.destination else { return None };
         let reason = report.verdict.and_then(health::accusation)?;
         let account = &route.account;
-        let server = ServerFacts { host: &account.host, port: account.port, tls: account.tls };
         let hint = match &report.failure {
-            Some(failure) => advice::hint(failure, server),
+            Some(failure) => advice::hint(failure, ServerFacts::of(account)),
             None => advice::of_reason(reason).to_owned(),
         };
         let (blamed, trouble) = self.note(id, *version, reason, hint).await.ok()?;

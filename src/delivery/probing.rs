@@ -170,10 +170,7 @@ impl Prober {
 /// What is no fault of the configuration leaves it failing for the reason that it failed for.
 fn judge(failure: &Failure, account: &SmtpAccount, failing: Reason) -> Found {
     match health::accusation(policy::judge(failure)) {
-        Some(reason) => {
-            let server = ServerFacts { host: &account.host, port: account.port, tls: account.tls };
-            Found::Fails(reason, Some(advice::hint(failure, server)))
-        }
+        Some(reason) => Found::Fails(reason, Some(advice::hint(failure, ServerFacts::of(account)))),
         None => Found::Fails(failing, None),
     }
 }

@@ -3,7 +3,7 @@
 
 use super::failure::{EnhancedCode, Failure, Fault, Phase, Reason, Reply, TlsFault};
 use super::policy::{self, Verdict};
-use super::smtp_settings::TlsMode;
+use super::smtp_settings::{SmtpAccount, TlsMode};
 
 mod sayings;
 
@@ -18,7 +18,12 @@ pub struct ServerFacts<'a> {
     pub tls: TlsMode,
 }
 
-impl ServerFacts<'_> {
+impl<'a> ServerFacts<'a> {
+    /// Of an account's server.
+    pub fn of(account: &'a SmtpAccount) -> Self {
+        Self { host: &account.host, port: account.port, tls: account.tls }
+    }
+
     /// Whether the host is the domain, or a name in it.
     fn is_in(&self, domain: &str) -> bool {
         let host = self.host.trim_end_matches('.').to_ascii_lowercase();

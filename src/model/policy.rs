@@ -4,6 +4,8 @@
 //! Scope comes before class: whose fault it is (account, quota, server, message, recipient) is asked in this order, and
 //! the first match wins. Codes are those of RFC 5321 section 4.2, RFC 4954 section 6 and RFC 3463.
 
+mod orphans;
+
 use std::time::Duration;
 
 use time::OffsetDateTime;
@@ -12,13 +14,11 @@ use super::event::RefusedRecipient;
 use super::failure::{EnhancedCode, Failure, Fault, Phase, Reason, Reply, Transaction, TransactionOutcome};
 use super::health::Blamed;
 use super::job::OnUnknown;
-use super::ledger::Claimed;
 use super::schedule::{ASIDE_S, Schedule};
+pub use orphans::{CRASH_LIMIT, OrphanDisposition, decide_orphan, marks_commit};
 
 /// A used-up quota is renewed by the day; asking sooner than this only prolongs the block.
 const QUOTA_WAIT: Duration = Duration::from_secs(3600);
-/// So many claims by workers that died make a job suspect of killing them.
-pub const CRASH_LIMIT: u32 = 3;
 /// So many panics over a job end it.
 pub const FAULT_LIMIT: u32 = 3;
 
@@ -144,61 +144,10 @@ pub enum Disposition {
     },
 }
 
-/// What becomes of a job whose last worker died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OrphanDisposition {
-    /// Go on, with so many unknown outcomes counted.
-    Continue {
-        /// Including the dead worker's.
-        unknowns: u32,
-    },
-    /// A dead letter.
-    Dead {
-        /// Its reason.
-        reason: Reason,
-        /// Including the dead worker's.
-        unknowns: u32,
-    },
-}
-
-impl OrphanDisposition {
-    /// Unknown outcomes of the job, the dead worker's included where it was one.
-    pub fn unknowns(self) -> u32 {
-        match self {
-            Self::Continue { unknowns } | Self::Dead { unknowns, .. } => unknowns,
-        }
-    }
-}
-
 /// Whether the next AUTH mechanism may be tried after this reply. A refused password (535) must not be tried twice:
 /// it would count twice towards the account's lock.
 pub fn auth_may_try_next(reply: &Reply) -> bool {
     reply.code == 504 || reply.enhanced == Some(EnhancedCode(5, 7, 4))
-}
-
-/// Whether an attempt must leave a mark in the ledger before its final dot, so that a crash before it is known to have
-/// been harmless: where a second message would be wrong, and where it is the last one allowed.
-pub fn marks_commit(on_unknown: OnUnknown, unknowns: u32) -> bool {
-    on_unknown == OnUnknown::Hold || unknowns > 0
-}
-
-/// Decides about a job whose claim belonged to a worker that died.
-pub fn decide_orphan(claimed: &Claimed, on_unknown: OnUnknown) -> OrphanDisposition {
-    let Some(orphan) = claimed.orphan else {
-        return OrphanDisposition::Continue { unknowns: claimed.unknowns };
-    };
-    // Who wrote the mark had to: the unknown outcome before it, a dead worker's, may never have been recorded.
-    if orphan.committing {
-        let unknowns = claimed.unknowns + 1;
-        return OrphanDisposition::Dead { reason: Reason::UnknownOutcome, unknowns };
-    }
-    let marked = marks_commit(on_unknown, claimed.unknowns);
-    // Without the duty to mark it, nobody knows whether the final dot had left.
-    let unknowns = if marked { claimed.unknowns } else { claimed.unknowns + 1 };
-    if claimed.crashes >= CRASH_LIMIT {
-        return OrphanDisposition::Dead { reason: Reason::CrashLoop, unknowns };
-    }
-    OrphanDisposition::Continue { unknowns }
 }
 
 /// What a failure of a whole attempt means.

@@ -6,7 +6,7 @@ use super::*;
 use crate::model::cancelling;
 use crate::model::failure::TlsFault;
 use crate::model::job::JobKey;
-use crate::model::ledger::{Incarnation, Orphan, Turn};
+use crate::model::ledger::{Claimed, Incarnation, Orphan, Turn};
 
 const NOW: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
 

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::support::broker::eventually;
+use crate::support::claims::{copy, key, settle};
 use crate::support::database::TestDatabase;
 use crate::support::smtp_server::{Action, Rule, Stage};
 use crate::support::world::{SOON, World, job, own_address};
@@ -514,37 +515,9 @@ async fn call_back_booking(store: &Store, sequence: i64) -> Cancellation {
 const TOO_LATE: Cancellation = Cancellation { cancelled: 0, too_late: 1 };
 const CALLED_BACK: Cancellation = Cancellation { cancelled: 1, too_late: 0 };
 
-fn key(number: u128) -> JobKey {
-    JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(number) }
-}
-
-fn copy(key: &JobKey, turn: i32, sequence: Option<i64>) -> Claim {
-    Claim {
-        key: key.clone(),
-        body_hash: [7; 32],
-        turn: Turn(turn),
-        revision: sequence.map(|sequence| Revision { group: BOOKING.into(), sequence }),
-        message_id: "<first@example.org>".into(),
-        suspects: true,
-    }
-}
-
-fn settle(key: &JobKey, claimed: &Claimed, outcome: Settlement) -> Settle {
-    Settle {
-        key: key.clone(),
-        owner: claimed.owner,
-        turn: claimed.turn,
-        outcome,
-        attempts: claimed.attempts + 1,
-        spared: claimed.spared,
-        unknowns: claimed.unknowns,
-        message_id: claimed.message_id.clone(),
-        pending: None,
-        refused: Vec::new(),
-        partly_sent: false,
-        reply: None,
-        attempt: None,
-    }
+fn of_revision(key: &JobKey, sequence: i64) -> Claim {
+    let revision = Some(Revision { group: BOOKING.into(), sequence });
+    Claim { revision, ..copy(key, 0) }
 }
 
 fn deferred() -> Settlement {
@@ -612,7 +585,7 @@ async fn whatever_a_row_says_it_is_called_back_or_too_late_and_marked() {
 async fn a_claim_and_a_gate_tell_that_the_job_was_called_back() {
     let database = TestDatabase::migrated().await;
     let (ledger, store) = (ledger(&database).await, database.store());
-    let of = |number| copy(&key(number), 0, Some(2));
+    let of = |number| of_revision(&key(number), 2);
     let gate = |number, claimed: &Claimed| Gate {
         key: key(number),
         owner: claimed.owner,
@@ -631,10 +604,10 @@ async fn a_claim_and_a_gate_tell_that_the_job_was_called_back() {
     assert_eq!(ledger.before_data(gate(2, &other)).await.unwrap(), GateAnswer::Cancelled);
     // What comes behind.
     assert!(granted(&ledger, of(3)).await.cancelled);
-    let older = granted(&ledger, copy(&key(4), 0, Some(1))).await;
+    let older = granted(&ledger, of_revision(&key(4), 1)).await;
     assert_eq!((older.cancelled, older.newest_sequence), (false, Some(2)));
-    assert!(!granted(&ledger, copy(&key(5), 0, Some(3))).await.cancelled);
-    assert!(!granted(&ledger, copy(&key(6), 0, None)).await.cancelled);
+    assert!(!granted(&ledger, of_revision(&key(5), 3)).await.cancelled);
+    assert!(!granted(&ledger, copy(&key(6), 0)).await.cancelled);
     // Given up, it is `cancelled`, and stays the sender's to settle again should the answer be lost.
     let reason = Reason::Cancelled;
     let dead = settle(&key(1), &one, Settlement::Dead { reason, detail: "cancelled".into() });
@@ -649,7 +622,7 @@ async fn a_claim_and_a_gate_tell_that_the_job_was_called_back() {
 async fn an_outcome_that_is_recorded_again_after_its_job_was_called_back_is_known() {
     let database = TestDatabase::migrated().await;
     let (ledger, store) = (ledger(&database).await, database.store());
-    let claimed = granted(&ledger, copy(&key(1), 0, None)).await;
+    let claimed = granted(&ledger, copy(&key(1), 0)).await;
     let recorded = settle(&key(1), &claimed, deferred());
     assert_eq!(ledger.settle(recorded.clone()).await.unwrap(), SettleAnswer::Recorded);
     assert_eq!(call_back(&store, &key(1)).await, CALLED_BACK);
@@ -657,7 +630,7 @@ async fn an_outcome_that_is_recorded_again_after_its_job_was_called_back_is_know
     assert_eq!(ledger.settle(recorded.clone()).await.unwrap(), SettleAnswer::Recorded);
     let sent = Settle { outcome: Settlement::Sent, ..recorded };
     assert_eq!(ledger.settle(sent).await.unwrap(), SettleAnswer::NotOwner);
-    let answer = ledger.claim(copy(&key(1), 1, None)).await.unwrap();
+    let answer = ledger.claim(copy(&key(1), 1)).await.unwrap();
     assert!(matches!(&answer, ClaimAnswer::Closed(end) if end.state == State::Cancelled), "{answer:?}");
 }
 
@@ -668,7 +641,7 @@ async fn of_claims_and_cancellations_at_once_each_job_is_counted_or_finds_out() 
     for round in 0..20_u128 {
         database.run("TRUNCATE jobs, job_groups").await;
         let keys: Vec<JobKey> = (0..8).map(|number| key(100 * round + number)).collect();
-        let claims = keys.iter().map(|key| ledger.claim(copy(key, 0, Some(2))));
+        let claims = keys.iter().map(|key| ledger.claim(of_revision(key, 2)));
         let (claims, done) =
             tokio::join!(futures_util::future::join_all(claims), call_back_booking(&store, 2));
         let unaware = claims.into_iter().filter(|claim| match claim.as_ref().expect("no deadlock") {

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use sendoff::model::job::JobKey;
-use sendoff::model::ledger::{Claim, ClaimAnswer, Settle, SettleAnswer, Settlement, Turn};
-use sendoff::model::organization::OrganizationId;
+use sendoff::model::ledger::{Claim, ClaimAnswer, Settle, SettleAnswer, Settlement};
 use sendoff::store::{DEAD_AFTER, Incarnations, Ledger, Sweep, Sweeper};
 use uuid::Uuid;
 
 use crate::support::broker::eventually;
+use crate::support::claims::{copy, key, settle};
 use crate::support::database::TestDatabase;
 
 const SLICE: u64 = 1000;
@@ -209,34 +208,16 @@ async fn a_settle_changes_no_index() {
     let ledger = Ledger::new(database.store(), incarnations.clone(), |_| ());
     incarnations.watch().wait_for(Option::is_some).await.unwrap();
     for number in 0..200 {
-        let key =
-            JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(number) };
+        let key = key(number);
         let message_id = format!("<{number}@example.org>");
-        let claim = Claim {
-            key: key.clone(),
-            body_hash: [7; 32],
-            turn: Turn(0),
-            revision: None,
-            message_id,
-            suspects: false,
-        };
+        let claim = Claim { message_id, suspects: false, ..copy(&key, 0) };
         let ClaimAnswer::Claimed(claimed) = ledger.claim(claim).await.unwrap() else {
             panic!("a new job is granted");
         };
         let settle = Settle {
-            key,
-            owner: claimed.owner,
-            turn: claimed.turn,
-            outcome: Settlement::Sent,
-            attempts: 1,
-            spared: 0,
-            unknowns: 0,
-            message_id: claimed.message_id,
-            pending: None,
-            refused: Vec::new(),
             partly_sent: true,
             reply: Some("250 2.0.0 Ok: queued as 4F1C20A7B3".into()),
-            attempt: None,
+            ..settle(&key, &claimed, Settlement::Sent)
         };
         assert_eq!(ledger.settle(settle).await.unwrap(), SettleAnswer::Recorded);
     }

@@ -20,6 +20,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::support::broker::{SOON, eventually};
+use crate::support::claims::{copy, key, settle};
 use crate::support::database::TestDatabase;
 
 /// Between the two looks at a worker's lock, for these tests.
@@ -48,39 +49,6 @@ async fn two_workers() -> (TestDatabase, Worker, Worker) {
     let database = TestDatabase::migrated().await;
     let (a, b) = tokio::join!(worker(&database), worker(&database));
     (database, a, b)
-}
-
-fn key(number: u128) -> JobKey {
-    JobKey { organization: Some(OrganizationId::from_integer(42)), id: Uuid::from_u128(number) }
-}
-
-fn copy(key: &JobKey, turn: i32) -> Claim {
-    Claim {
-        key: key.clone(),
-        body_hash: [7; 32],
-        turn: Turn(turn),
-        revision: None,
-        message_id: "<first@example.org>".into(),
-        suspects: true,
-    }
-}
-
-fn settle(key: &JobKey, claimed: &Claimed, outcome: Settlement) -> Settle {
-    Settle {
-        key: key.clone(),
-        owner: claimed.owner,
-        turn: claimed.turn,
-        outcome,
-        attempts: claimed.attempts + 1,
-        spared: 0,
-        unknowns: claimed.unknowns,
-        message_id: claimed.message_id.clone(),
-        pending: None,
-        refused: Vec::new(),
-        partly_sent: false,
-        reply: None,
-        attempt: None,
-    }
 }
 
 fn deferred(wait: Duration) -> Settlement {

@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod certs;
+pub mod claims;
 pub mod connector;
 pub mod database;
 pub mod dns;

@@ -32,7 +32,7 @@ const NARROWEST: usize = 8;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  sendoff dead list --org 42 --reason auth_failed,tls_failed --since 7d\n  \
+    after_help = "Examples:\n  sendoff dead list --org 42 --reason message_refused,too_large --since 7d\n  \
     sendoff dead list --json --limit 1000 | jq -r '.[].id'\n\nThe last line tells how to get the next page. With --json, \
     --after takes DIED_AT_LETTER of the last one: jq -r '.[-1] | .died_at + \"_\" + .letter'"
 )]

@@ -20,8 +20,8 @@ use crate::settings::{Needs, Settings};
 
 #[derive(Debug, Subcommand)]
 #[command(
-    after_help = "Examples:\n  sendoff dead stats --since 24h\n  sendoff dead list --org 42 --reason auth_failed\n  \
-    sendoff dead show 0198c0de-0000-7000-8000-000000000001\n  sendoff dead replay --org 42 --reason auth_failed --dry-run\n  \
+    after_help = "Examples:\n  sendoff dead stats --since 24h\n  sendoff dead list --org 42 --reason message_refused\n  \
+    sendoff dead show 0198c0de-0000-7000-8000-000000000001\n  sendoff dead replay --org 42 --reason message_refused --dry-run\n  \
     sendoff dead discard --reason malformed --until 7d"
 )]
 pub(super) enum DeadCommand {

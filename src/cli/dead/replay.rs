@@ -27,8 +27,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  sendoff dead replay --org 42 --reason auth_failed --dry-run\n  sendoff dead replay --org 42 \
-    --reason auth_failed --canary 5\n  sendoff dead replay --id 0198c0de-0000-7000-8000-000000000001 --resend-unknown\n\n\
+    after_help = "Examples:\n  sendoff dead replay --org 42 --reason message_refused --dry-run\n  sendoff dead replay --org 42 \
+    --reason message_refused --canary 5\n  sendoff dead replay --id 0198c0de-0000-7000-8000-000000000001 --resend-unknown\n\n\
     Without --state, dead letters are meant; those that a run has left in the middle (replaying) always. Left out are letters that are expired, \
     superseded, cancelled or already sent, whose outcome is unknown, or that died again after --max-replays replays. A \
     run that was ended goes on when it is given again.\n\nExit code 0 when every letter was replayed or left out, 1 when \

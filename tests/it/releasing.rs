@@ -441,6 +441,34 @@ async fn what_dies_while_it_is_parked_is_buried_although_its_organization_still_
 }
 
 #[tokio::test]
+async fn a_job_that_is_parked_again_and_again_waits_no_longer_than_one_that_is_parked_once() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__PARKED_FOR_S", "3600");
+    let worker = world.worker().await;
+    world.organization_at("acme", json!({"password": "wrong"})).await;
+    fail(&world, "acme", 3600).await;
+    let again = job(Some("acme"));
+    park(&world, std::slice::from_ref(&again)).await;
+    let since = async |seconds: u32| {
+        let sql = format!("UPDATE dead_letters SET died_at = now() - {seconds} * interval '1 second'");
+        world.database.run(sql).await;
+    };
+    since(2000).await;
+    let turn = world.letter(id_of(&again)).await.turn;
+    world.database.run("UPDATE smtp_configs SET failing_since = NULL, failing_reason = NULL").await;
+    eventually("it is released, refused and parked again", async || {
+        let letter = world.letter(id_of(&again)).await;
+        letter.state == LetterState::Parked && letter.turn > turn && letter.replay_turn < Some(letter.turn)
+    })
+    .await;
+    since(1700).await;
+    assert_eq!(world.event("email.dead", id_of(&again)).await["reason"], "auth_failed");
+    eventually("it is marked", async || world.letter(id_of(&again)).await.state == LetterState::Dead).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_death_that_is_recorded_and_not_announced_is_announced_by_whoever_comes_next() {
     let world = World::new().await;
     let dead = job(Some("acme"));

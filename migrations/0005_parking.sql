@@ -41,6 +41,10 @@ CREATE TABLE test_times (
     at              timestamptz[] NOT NULL
 );
 
+-- For how long the message was parked before it was released, in milliseconds, since it was last replayed: what is parked
+-- again and again is not parked for ever.
+ALTER TABLE dead_letters ADD COLUMN parked_ms bigint NOT NULL DEFAULT 0;
+
 -- A release moves it on by the time that the job was parked: its age goes on as if it had not been.
 COMMENT ON COLUMN jobs.replayed_at IS 'When it was last replayed, or from when its age counts since it was released; else first_at counts.';
 

@@ -113,7 +113,47 @@ pub fn absolution(route: &Route, report: &Report) -> Option<Absolution> {
     let health = route.health;
     if report.accepted.is_empty() {
         let reached = report.blamed.is_none() && report.reached();
-        return (reached && health.blemished).then_some(Absolution::Reached);
+        return (reached && health.unreached).then_some(Absolution::Reached);
     }
     (health.blemished || !health.worked).then_some(Absolution::Worked)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model::address::Mailbox;
+    use crate::model::failure::Phase;
+    use crate::model::health::Health;
+    use crate::model::smtp_settings::{SmtpAccount, TlsMode};
+
+    #[test]
+    fn only_what_is_there_is_wiped_out() {
+        let absolved = |health, accepted: &[u16]| {
+            let account = Arc::new(SmtpAccount {
+                host: "smtp.example.org".into(),
+                port: 587,
+                tls: TlsMode::Required,
+                credentials: None,
+                from: Mailbox::parse("a@example.org").unwrap(),
+            });
+            let route = Route { destination: Destination::Platform, account, health };
+            let address = Some(SocketAddr::from(([127, 0, 0, 1], 587)));
+            let accepted = accepted.to_vec();
+            absolution(&route, &Report { accepted, address, phase: Some(Phase::Rcpt), ..Report::default() })
+        };
+        let well = Health { worked: true, ..Health::default() };
+        let struck = Health { blemished: true, ..well };
+        let unreached = Health { unreached: true, ..struck };
+        for accepted in [&[][..], &[0]] {
+            assert_eq!(absolved(well, accepted), None);
+        }
+        assert_eq!(absolved(struck, &[]), None, "the server answers, which says nothing of the account");
+        assert_eq!(absolved(unreached, &[]), Some(Absolution::Reached));
+        for health in [struck, unreached, Health::default()] {
+            assert_eq!(absolved(health, &[0]), Some(Absolution::Worked));
+        }
+    }
 }

@@ -25,6 +25,8 @@ pub struct Health {
     pub worked: bool,
     /// Something was noted against it, which a success has to wipe out.
     pub blemished: bool,
+    /// Part of that: it could not be reached.
+    pub unreached: bool,
     /// Its mail is parked, for this reason.
     pub failing: Option<Reason>,
 }

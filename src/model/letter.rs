@@ -1,6 +1,8 @@
 //! A dead letter in the archive: what identifies it, where it stands, what was done with it.
 //! Guarantee: everything here may be shown; body and properties are only ever in [`NewLetter`] and in what the archive opens.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
@@ -262,6 +264,8 @@ pub struct Letter {
     pub replays: u32,
     /// The turn of the copy that the last replay or release makes.
     pub replay_turn: Option<Turn>,
+    /// For how long it was parked before its releases, since it was last replayed.
+    pub parked_before: Duration,
     /// What was done with it, oldest first, at most [`HISTORY_MAX`] entries.
     pub history: Vec<LetterDeed>,
     /// SHA-256 of the body.

@@ -114,7 +114,8 @@ fn why_dead(
     {
         return Some((Reason::Superseded, superseded(mine, newest)));
     }
-    (letter.died_at + parked_for <= now).then(|| {
+    // Parked again and again, it waits no longer than otherwise.
+    (letter.died_at + parked_for.saturating_sub(letter.parked_before) <= now).then(|| {
         let why = letter.detail.as_deref().map(|detail| format!(": {detail}")).unwrap_or_default();
         (letter.reason, format!("parked for more than {} s{why}", parked_for.as_secs()))
     })
@@ -165,6 +166,7 @@ mod tests {
             deaths: 0,
             replays: 0,
             replay_turn: None,
+            parked_before: Duration::ZERO,
             history: Vec::new(),
             body_hash: [0; 32],
             bytes: 0,
@@ -261,6 +263,11 @@ mod tests {
         let detail = "parked for more than 86400 s: the server answered 535".to_owned();
         let dies = Parked::Dies { reason: Reason::AuthFailed, detail };
         assert_eq!(decided(&too_long, Some(&waits), true), dies);
+        // An hour now, and the rest of a day before it was released and parked again.
+        let again = letter(|letter| letter.parked_before = DAY - Duration::from_secs(3600));
+        assert_eq!(decided(&again, Some(&waits), false), dies);
+        let shorter = letter(|letter| letter.parked_before = DAY - Duration::from_secs(3601));
+        assert_eq!(decided(&shorter, Some(&waits), false), Parked::Stays);
     }
 
     #[test]

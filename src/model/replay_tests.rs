@@ -33,6 +33,7 @@ fn letter(change: impl FnOnce(&mut Letter)) -> Letter {
         deaths: 1,
         replays: 0,
         replay_turn: None,
+        parked_before: std::time::Duration::ZERO,
         history: Vec::new(),
         body_hash: [0; 32],
         bytes: 10,

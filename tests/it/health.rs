@@ -130,7 +130,10 @@ async fn a_configuration_that_has_worked_fails_at_the_second_refusal_in_a_row() 
     house.absolve(1, Absolution::Reached).await;
     assert!(house.health().await.blemished, "to be reached says nothing of the password");
     house.absolve(1, Absolution::Worked).await;
-    assert_eq!(house.health().await, Health { worked: true, blemished: false, failing: None });
+    assert_eq!(
+        house.health().await,
+        Health { worked: true, blemished: false, unreached: false, failing: None }
+    );
     assert_eq!(house.blame(1, Reason::SenderRefused).await, Blamed::Noted, "a success came between");
     assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING_ALREADY);
@@ -223,7 +226,10 @@ async fn the_pauses_go_on_after_a_test_went_well_until_a_message_is_accepted() {
     let house = House::of(&["acme"]).await;
     house.blame(1, Reason::TlsFailed).await;
     assert!(house.recovered(1).await);
-    assert_eq!(house.health().await, Health { worked: true, blemished: true, failing: None });
+    assert_eq!(
+        house.health().await,
+        Health { worked: true, blemished: true, unreached: false, failing: None }
+    );
     assert_eq!(house.blame(1, Reason::TlsFailed).await, Blamed::Noted, "the test has shown that it works");
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING);
     assert_eq!(house.next_probe_s().await, 600);
@@ -299,7 +305,10 @@ async fn an_update_of_a_working_configuration_forgets_what_the_old_server_has_sh
     house.blame(1, Reason::AuthFailed).await;
     let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
     house.update(name).await;
-    assert_eq!(house.health().await, Health { worked: true, blemished: false, failing: None });
+    assert_eq!(
+        house.health().await,
+        Health { worked: true, blemished: false, unreached: false, failing: None }
+    );
     house.update(SmtpConfigPatch { password: Some("x".into()), ..Default::default() }).await;
     assert_eq!(house.health().await, Health::default());
     assert!(house.probes(true, 10).await.is_empty());

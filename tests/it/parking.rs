@@ -163,6 +163,30 @@ async fn a_success_between_two_failures_keeps_the_organizations_mail_going() {
 }
 
 #[tokio::test]
+async fn an_organization_whose_mail_goes_through_costs_its_configuration_no_write() {
+    let world = World::new().await;
+    world
+        .database
+        .run(
+            "CREATE TABLE writes (at timestamptz);
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+                 'BEGIN INSERT INTO writes VALUES (now()); RETURN NULL; END';
+             CREATE TRIGGER note AFTER UPDATE ON smtp_configs FOR EACH ROW EXECUTE FUNCTION note()",
+        )
+        .await;
+    let worker = world.worker().await;
+    let _server = that_works(&world, "acme").await;
+    let writes = async || count(&world, "FROM writes").await;
+    let noted = writes().await;
+    for id in publish(&world, "acme", 200).await {
+        world.state(Some("acme"), id, State::Sent).await;
+    }
+    assert_eq!(writes().await, noted, "nothing but that it works");
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_sender_that_is_refused_twice_is_refused_on_two_connections() {
     let world = World::new().await;
     let worker = world.worker().await;

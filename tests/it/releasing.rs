@@ -441,6 +441,100 @@ async fn what_dies_while_it_is_parked_is_buried_although_its_organization_still_
 }
 
 #[tokio::test]
+async fn a_job_that_is_parked_again_and_again_waits_no_longer_than_one_that_is_parked_once() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__PARKED_FOR_S", "3600");
+    let worker = world.worker().await;
+    world.organization_at("acme", json!({"password": "wrong"})).await;
+    fail(&world, "acme", 3600).await;
+    let again = job(Some("acme"));
+    park(&world, std::slice::from_ref(&again)).await;
+    let since = async |seconds: u32| {
+        let sql = format!("UPDATE dead_letters SET died_at = now() - {seconds} * interval '1 second'");
+        world.database.run(sql).await;
+    };
+    since(2000).await;
+    let turn = world.letter(id_of(&again)).await.turn;
+    world.database.run("UPDATE smtp_configs SET failing_since = NULL, failing_reason = NULL").await;
+    eventually("it is released, refused and parked again", async || {
+        let letter = world.letter(id_of(&again)).await;
+        letter.state == LetterState::Parked && letter.turn > turn && letter.replay_turn < Some(letter.turn)
+    })
+    .await;
+    since(1700).await;
+    assert_eq!(world.event("email.dead", id_of(&again)).await["reason"], "auth_failed");
+    eventually("it is marked", async || world.letter(id_of(&again)).await.state == LetterState::Dead).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn whatever_meets_a_release_each_job_is_sent_once_or_called_back() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1");
+    let (mut first, second) = (world.worker().await, world.worker().await);
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    let parked = jobs("acme", 120);
+    park(&world, &parked).await;
+    let recover =
+        "UPDATE smtp_configs SET failing_since = NULL, failing_reason = NULL, worked_at = now(), strikes = 0";
+    let deeds = "SELECT sum(jsonb_array_length(history)) FROM dead_letters";
+    let mut called_back = Vec::new();
+    for round in 0..12_usize {
+        let done = world.database.number(deeds).await;
+        let refused = Rule::new(Stage::Auth, Action::reply("535 5.7.8 No")).times(2);
+        world.server.change(|server| server.rule(refused));
+        // Whoever released may have died, and another failure may come before the next one does.
+        eventually("something is released", async || {
+            world.database.run(recover).await;
+            world.database.number(deeds).await > done
+        })
+        .await;
+        // The publisher is not sure, and says it once more.
+        for job in parked.iter().skip(round).step_by(12) {
+            world.publish(job).await;
+        }
+        let id = id_of(&parked[119 - 3 * round]);
+        let params = json!({"command": "job.cancel", "organization_id": "acme", "params": {"id": id}});
+        if world.control(params).await["result"]["cancelled"] == 1 {
+            called_back.push(id);
+        }
+        world.run(&["dead", "replay", "--json", "--all"]).await;
+        if round == 6 {
+            first.kill().await;
+            first = world.worker().await;
+        }
+    }
+    world.server.change(Behaviour::clear_rules);
+    let open = "SELECT count(*) FROM jobs WHERE state NOT IN ('sent', 'cancelled')";
+    let ended = async || {
+        world.database.run(recover).await;
+        world.run(&["dead", "replay", "--json", "--all"]).await;
+        world.database.number(open).await == 0
+    };
+    eventually_within(A_WHILE, "each job has ended", ended).await;
+    let mut expected = Vec::new();
+    for job in parked {
+        let status = world.status(Some("acme"), id_of(&job)).await.expect("a row");
+        // What it was too late for may still have been stopped.
+        if status.state == State::Sent {
+            expected.push(job);
+        }
+    }
+    assert!(!called_back.is_empty());
+    assert!(
+        expected.iter().all(|job| !called_back.contains(&id_of(job))),
+        "what was called back is not sent"
+    );
+    assert_once(&world.server, &expected);
+    eventually("no letter waits", async || count_of(&world, "parked").await == 0).await;
+    first.stop().await;
+    second.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_death_that_is_recorded_and_not_announced_is_announced_by_whoever_comes_next() {
     let world = World::new().await;
     let dead = job(Some("acme"));

@@ -197,6 +197,7 @@ mod tests {
             deaths: 2,
             replays: 1,
             replay_turn: Some(Turn(2)),
+            parked_before: std::time::Duration::ZERO,
             history: vec![LetterDeed {
                 what: Deed::Replay,
                 at: NOW,

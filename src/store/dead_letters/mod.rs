@@ -13,6 +13,7 @@ mod stats;
 mod take;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 use sqlx::Row;
@@ -58,8 +59,8 @@ impl DeadLetters {
 macro_rules! letter_columns {
     () => {
         "letter, job_id, organization_id, kind, lane, routing_key, state, reason, detail, attempts, first_at, died_at, \
-         archived_at, expires_at, group_name, sequence, turn, recipients, deaths, replays, replay_turn, history, \
-         body_hash, bytes"
+         archived_at, expires_at, group_name, sequence, turn, recipients, deaths, replays, replay_turn, parked_ms, \
+         history, body_hash, bytes"
     };
 }
 
@@ -107,6 +108,7 @@ fn read_letter(row: &PgRow) -> Result<Letter, sqlx::Error> {
         deaths: count(row.try_get("deaths")?),
         replays: count(row.try_get("replays")?),
         replay_turn: row.try_get::<Option<i32>, _>("replay_turn")?.map(Turn),
+        parked_before: Duration::from_millis(row.try_get::<i64, _>("parked_ms")?.unsigned_abs()),
         history: history.into_iter().filter_map(|deed| serde_json::from_value(deed).ok()).collect(),
         body_hash: body_hash.try_into().map_err(|_| unreadable("hash"))?,
         bytes: count(row.try_get("bytes")?),

@@ -254,6 +254,7 @@ async fn take(
             Parked::Goes(replay) if replay.resumed => resumed.push((held, replay)),
             Parked::Goes(replay) => {
                 let by = BY_ITSELF.to_owned();
+                held.waited(now);
                 held.handed_over(replay.turn, LetterDeed { what: Deed::Release, at: now, by, outcome: None });
                 released.push((held, replay));
             }

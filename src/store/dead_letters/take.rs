@@ -3,6 +3,7 @@
 //! what both rows say afterwards, and a copy may be published once it has committed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use sqlx::{Acquire, PgConnection, Row};
 use time::OffsetDateTime;
@@ -66,9 +67,9 @@ RETURNING id, organization_id";
 
 const WRITE_LETTERS: &str = "
 UPDATE dead_letters AS d SET state = a.state, turn = a.turn, replays = a.replays, replay_turn = a.replay_turn,
-    history = a.history::jsonb
-FROM unnest($1::uuid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::text[])
-    AS a (letter, state, turn, replays, replay_turn, history)
+    parked_ms = a.parked_ms, history = a.history::jsonb
+FROM unnest($1::uuid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[], $7::text[])
+    AS a (letter, state, turn, replays, replay_turn, parked_ms, history)
 WHERE d.letter = a.letter";
 
 /// On whose account letters are taken, and which.
@@ -174,6 +175,7 @@ impl Held {
             return;
         }
         letter.replays += 1;
+        letter.parked_before = Duration::ZERO;
         self.handed_over(
             replay.turn,
             LetterDeed { what: Deed::Replay, at: now, by: actor.to_owned(), outcome: None },
@@ -188,6 +190,15 @@ impl Held {
         let excess = (letter.history.len() + 1).saturating_sub(HISTORY_MAX);
         letter.history.drain(..excess);
         letter.history.push(deed);
+    }
+
+    /// Its time in the archive counts. A job that was parked since, whose letter is on its way, has hardly waited.
+    pub(super) fn waited(&mut self, now: OffsetDateTime) {
+        let letter = &mut self.letter;
+        if self.job.as_ref().is_none_or(|job| job.view.turn <= letter.turn) {
+            let waited = Duration::try_from(now - letter.died_at).unwrap_or_default();
+            letter.parked_before = letter.parked_before.saturating_add(waited);
+        }
     }
 
     /// What the ledger's row is about is no news to the letter any more.
@@ -333,12 +344,14 @@ pub(super) async fn write<'a>(
 ) -> Result<(), sqlx::Error> {
     let letters: Vec<&Letter> = held.map(|held| &held.letter).collect();
     let history = letters.iter().map(|letter| json(&letter.history)).collect::<Result<Vec<_>, _>>()?;
+    let parked_ms = |letter: &Letter| i64::try_from(letter.parked_before.as_millis()).unwrap_or(i64::MAX);
     sqlx::query(WRITE_LETTERS)
         .bind(letters.iter().map(|letter| letter.letter.0).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| letter.state.as_str()).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| letter.turn.0).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| stored_count(letter.replays)).collect::<Vec<_>>())
         .bind(letters.iter().map(|letter| letter.replay_turn.map(|turn| turn.0)).collect::<Vec<_>>())
+        .bind(letters.iter().map(|letter| parked_ms(letter)).collect::<Vec<_>>())
         .bind(history)
         .execute(session)
         .await

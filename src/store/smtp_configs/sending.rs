@@ -16,7 +16,7 @@ use crate::store::{ACQUIRE_BOUND, StoreError};
 const SEALED: &str =
     "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed,
          worked_at IS NOT NULL AS worked, failing_since IS NOT NULL AS failing, failing_reason,
-         strikes > 0 OR probes > 0 OR unreachable_since IS NOT NULL AS blemished
+         unreachable_since IS NOT NULL AS unreached, strikes > 0 OR probes > 0 OR unreachable_since IS NOT NULL AS blemished
      FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1";
 
 /// What decides an organization's route, credentials opened.
@@ -106,6 +106,7 @@ impl SmtpConfigs {
         let health = Health {
             worked: row.try_get("worked")?,
             blemished: row.try_get("blemished")?,
+            unreached: row.try_get("unreached")?,
             failing: failing.then_some(reason_from(row.try_get("failing_reason")?)),
         };
         let stored = SealedRow::from_row(&row)?;

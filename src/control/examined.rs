@@ -156,8 +156,8 @@ impl Examined<'_> {
 
     fn failed_detail(&self, step: Name, reason: &str) -> String {
         match &self.seen.tls {
-            Some(tls) if step == Name::Greeting => format!("{reason}. Before it: {}", tls_words(tls)),
-            _ => format!("{reason}."),
+            Some(tls) if step == Name::Greeting => format!("{} Before it: {}", ended(reason), tls_words(tls)),
+            _ => ended(reason),
         }
     }
 
@@ -167,7 +167,7 @@ impl Examined<'_> {
         match step {
             // Where the rules refuse, nothing is told of a look-up: there may have been none.
             Name::Resolve if self.seen.approved == 0 => {
-                "The name is a proper one; whether the server may be dialled is decided next.".into()
+                "The host is written as a name or an address has to be.".into()
             }
             Name::Resolve if self.is_literal() => {
                 format!("{host} is an address: there is nothing to look up.")
@@ -241,6 +241,11 @@ fn expiry_warning(tls: &TlsFacts, now: OffsetDateTime) -> Option<String> {
         1 => format!("Certificate: the server's certificate expires on {on}, in 1 day."),
         days => format!("Certificate: the server's certificate expires on {on}, in {days} days."),
     })
+}
+
+/// A sentence with its end; a server's own words may have one already.
+fn ended(sentence: &str) -> String {
+    if sentence.ends_with(['.', '?', '!']) { sentence.to_owned() } else { format!("{sentence}.") }
 }
 
 fn millis(took: Duration) -> u64 {
@@ -337,6 +342,17 @@ mod tests {
         assert_eq!(reached(&IMPLICIT[..3], &implicit, lost()), without_greeting);
         for refusal in [Fault::HostNotPublic, Fault::PortNotAllowed] {
             assert_eq!(reached(&[Phase::Resolve], &starttls, Some(refusal)), NAMES[..2]);
+        }
+    }
+
+    #[test]
+    fn a_detail_ends_once() {
+        for (text, end) in
+            [("no", "535 no."), ("Go away.", "535 Go away."), ("Who are you?", "535 Who are you?")]
+        {
+            let fault = Fault::Reply(Reply::new(535, [text]));
+            let report = report(&STARTTLS, Some(fault), &account(587, TlsMode::Required));
+            assert!(report.steps.last().unwrap().detail.ends_with(end), "{report:?}");
         }
     }
 

@@ -38,6 +38,7 @@ fn code(failure: &Failure) -> Code {
         Fault::Reply(_) => match policy::judge(failure) {
             Verdict::Account(Reason::AuthFailed) => Code::AuthFailed,
             Verdict::Account(Reason::TlsRequired) => Code::TlsRequired,
+            _ if failure.phase == Phase::Starttls => Code::TlsFailed,
             _ => Code::Rejected,
         },
     }
@@ -132,6 +133,8 @@ mod tests {
             (Phase::Auth, 421, "4.7.0 Try later", Code::Rejected),
             (Phase::Mail, 530, "5.7.0 Authentication required", Code::AuthFailed),
             (Phase::Greeting, 554, "no service", Code::Rejected),
+            (Phase::Starttls, 454, "4.7.0 TLS not available", Code::TlsFailed),
+            (Phase::Starttls, 502, "5.5.1 no", Code::TlsRequired),
             (Phase::Rcpt, 550, "5.1.1 <ann@example.org> unknown", Code::Rejected),
         ] {
             let error = reply(phase, code, text);

@@ -130,7 +130,7 @@ impl Egress {
     /// empty.
     ///
     /// Names for local use are refused before any look-up, unless the operator exempts networks; then their
-    /// addresses decide. `localhost` and names under it are the two loopback addresses, never asked of a name
+    /// addresses decide, and one without any is refused alike. `localhost` and names under it are the two loopback addresses, never asked of a name
     /// server (RFC 6761 section 6.3); those of the two that are exempt are approved.
     pub async fn approve(&self, host: &ServerHost, port: u16) -> Result<Vec<ApprovedAddr>, EgressError> {
         if !self.policy.port_allowed(port) {
@@ -179,6 +179,8 @@ impl Egress {
             return Ok(self.loopback_addresses());
         }
         match self.resolver.addresses(name).await {
+            // Whether the name exists is the local network's own affair.
+            Err(LookUpError::NotFound) if name.is_internal_name() => not_public,
             Ok(Found { via_internal_name: true, .. }) if !local_names_count => not_public,
             Err(LookUpError::ViaInternalName) if local_names_count => Err(EgressError::HostNotFound),
             Ok(found) => Ok(found.addresses),

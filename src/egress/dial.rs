@@ -31,7 +31,7 @@ pub enum DialError {
         limit: Duration,
     },
     /// Every address failed; this is the last failure.
-    #[error("no connection to {address}: {source}")]
+    #[error("no connection to {address}: {}", in_words(source))]
     Failed {
         /// The address whose attempt failed last.
         address: SocketAddr,
@@ -52,6 +52,13 @@ impl DialError {
             Self::Failed { .. } | Self::NoAddress => "connect_failed",
         }
     }
+}
+
+/// Without the operating system's number, which tells an organization's admin nothing.
+fn in_words(error: &io::Error) -> String {
+    let words = error.to_string();
+    let number = error.raw_os_error().map(|number| format!(" (os error {number})"));
+    number.and_then(|number| words.strip_suffix(&number)).unwrap_or(&words).to_owned()
 }
 
 /// Connects to one of the addresses: families take turns, beginning with IPv6, a new attempt starts every 250
@@ -203,6 +210,7 @@ mod tests {
         let (_held, refusing) = refusing();
         let error = dial(&approved(&[refusing]), LIMIT).await.expect_err("nobody listens");
         assert_eq!(error.reason_code(), "connect_failed");
+        assert_eq!(error.to_string(), format!("no connection to {refusing}: Connection refused"));
         let DialError::Failed { address, source } = error else { panic!("{error}") };
         assert_eq!((address, source.kind()), (refusing, io::ErrorKind::ConnectionRefused));
         assert!(matches!(dial(&[], LIMIT).await, Err(DialError::NoAddress)));

@@ -349,6 +349,8 @@ async fn where_the_operator_exempts_networks_the_addresses_of_an_internal_name_d
     assert_eq!(approve(&egress, "mailpit").await, only("127.0.0.9"));
     assert_eq!(approve(&egress, "alias.example").await, only("127.0.0.9"));
     assert_eq!(approve(&egress, "db.internal").await, Err("host_not_public"));
+    assert_eq!(approve(&egress, "missing.internal").await, Err("host_not_public"));
+    assert_eq!(approve(&egress, "missing").await, Err("host_not_public"));
     assert_eq!(approve(&egress, "lost.example").await, Err("host_not_found"));
     assert_eq!(approve(&egress, "localhost").await, only("127.0.0.1"));
     assert_eq!(approve(&egress, "a.localhost").await, only("127.0.0.1"));

@@ -40,11 +40,15 @@ pub fn hint(failure: &Failure, server: ServerFacts<'_>) -> String {
         Fault::NoAuthMechanism { offered } => Some(of_mechanisms(offered, server)),
         Fault::TlsRequired => Some(of_missing_tls(server)),
         Fault::Timeout | Fault::Lost | Fault::Protocol { .. } => of_silence(failure, server),
+        Fault::Smtputf8Missing => Some(SMTPUTF8_MISSING.to_owned()),
         Fault::Unreachable { .. } => Some(of_connecting(of_reason(Reason::ConnectFailed), server)),
         _ => None,
     };
     specific.unwrap_or_else(|| of_reason(reason_of(failure)).to_owned())
 }
+
+const SMTPUTF8_MISSING: &str =
+    "Use an address with ASCII letters only in front of the @, or a server that offers SMTPUTF8.";
 
 /// The reason that advice goes by: what the failure is called when it ends a job.
 fn reason_of(failure: &Failure) -> Reason {

@@ -121,7 +121,7 @@ fn a_login_that_the_server_misses_at_mail_is_advised_on_too() {
 
 #[test]
 fn a_refused_sender_or_message_brings_the_advice_that_its_words_allow() {
-    use Phase::{FinalDot, Greeting, Mail, Rcpt};
+    use Phase::{FinalDot, Greeting, Mail, Rcpt, Starttls};
     for (phase, line, advice) in [
         (FinalDot, "554 5.2.252 SendAsDenied; x not allowed to send as y", &["Send As"][..]),
         (FinalDot, "550 5.7.60 SMTP; Client does not have permissions to send as this sender", &["Send As"]),
@@ -146,6 +146,9 @@ fn a_refused_sender_or_message_brings_the_advice_that_its_words_allow() {
             "554 5.7.1 Service unavailable; Client host blocked using zen.spamhaus.org",
             &["let it in"],
         ),
+        (Greeting, "554 no service", &["turns this connection away", "587 or 465"]),
+        (Starttls, "454 4.7.0 TLS not available due to temporary reason", &["STARTTLS", "at the moment"]),
+        (Starttls, "421 4.7.0 Try again later", &["slower pace"]),
         (Mail, "550 no", &["SPF, DKIM and DMARC", "from address"]),
         (Rcpt, "550 5.1.1 no such user", &["recipient's address"]),
         (FinalDot, "552 5.3.4 too big", &["smaller attachments"]),
@@ -178,7 +181,7 @@ fn a_fault_of_tls_is_advised_on_by_its_kind_and_the_port_that_fits() {
 
 #[test]
 fn what_happens_to_the_connection_is_advised_on_by_its_phase_and_the_port() {
-    use Phase::{Auth, Connect, Ehlo, Greeting, Resolve, Starttls, Tls};
+    use Phase::{Auth, Connect, Ehlo, Greeting, Mail, Resolve, Starttls, Tls};
     let unreachable = || Fault::Unreachable { detail: "refused".into() };
     let no_smtp = || Fault::Protocol { detail: "no reply".into() };
     let offers = |offered: &str| Fault::NoAuthMechanism { offered: offered.into() };
@@ -200,6 +203,7 @@ fn what_happens_to_the_connection_is_advised_on_by_its_phase_and_the_port() {
         (Starttls, Fault::TlsRequired, 25, &["never sent unencrypted", "587"]),
         (Tls, Fault::Lost, 587, &["465"]),
         (Tls, Fault::Timeout, 465, &["587"]),
+        (Mail, Fault::Smtputf8Missing, 587, &["ASCII", "SMTPUTF8"]),
         (Auth, Fault::Lost, 587, &["open whether the password is right"]),
         (Auth, Fault::Timeout, 587, &["open whether the password is right"]),
         (Auth, offers(""), 25, &["takes no logins", "587"]),

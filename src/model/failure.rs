@@ -316,7 +316,7 @@ impl fmt::Display for Fault {
             Self::Unreachable { detail } => write!(f, "could not connect: {detail}"),
             Self::HostNotPublic => f.write_str("the host is not a public address"),
             Self::PortNotAllowed => f.write_str("the port is not allowed"),
-            Self::HostNotFound => f.write_str("the host has no address"),
+            Self::HostNotFound => f.write_str("the host does not exist or has no address"),
             Self::DnsFailed { detail } => write!(f, "the host could not be looked up: {detail}"),
             Self::Tls { detail, .. } => write!(f, "TLS failed: {detail}"),
             Self::TlsRequired => {

@@ -42,13 +42,15 @@ pub(super) fn advice(phase: Phase, reply: &Reply, server: ServerFacts<'_>) -> Op
     let tables: &[&[Saying]] = match reply.code {
         _ if asks_for_tls(reply, &text) => return Some(super::of_missing_tls(server)),
         400..=499 if phase == Phase::Auth => return Some(LOGIN_FOR_NOW.to_owned()),
+        400..=499 if phase == Phase::Starttls && reply.code != 421 => return Some(TLS_FOR_NOW.to_owned()),
         500..=599 if is_login => &[LOGIN, LOGIN_BY_HOST],
         500..=599 if phase == Phase::Starttls => return Some(super::of_missing_tls(server)),
         400..=599 => &[DELIVERY],
         _ => return None,
     };
     let found = tables.iter().copied().flatten().find(|saying| saying.fits(&text, reply, server));
-    found.map(|saying| saying.advice.to_owned())
+    let turned_away = (phase == Phase::Greeting && reply.code >= 500).then_some(TURNED_AWAY);
+    found.map(|saying| saying.advice).or(turned_away).map(ToOwned::to_owned)
 }
 
 fn asks_for_tls(reply: &Reply, text: &str) -> bool {
@@ -178,6 +180,14 @@ const LOGIN_BY_HOST: &[Saying] = &[
 /// The server cannot tell now whether the login is right.
 const LOGIN_FOR_NOW: &str = "The server cannot check logins at the moment, so it is open whether the \
                              password is right. Try again later; nothing needs to be changed.";
+
+/// The server offers STARTTLS and cannot do it now (RFC 3207 section 4: 454).
+const TLS_FOR_NOW: &str = "The server offers STARTTLS and cannot take it up at the moment. Try again later; if it \
+                           stays, its administrator has to look at its TLS settings and certificate.";
+
+/// No service before anything was said (RFC 5321 section 3.1: 554).
+const TURNED_AWAY: &str = "The server turns this connection away before any login. Check the port (587 or 465 is for \
+                           sending), or ask the server's administrator to let this installation in.";
 
 const SEND_AS: &str = "This account may not send as the from address. Use the account's own address as from \
                        address, or have the administrator give the account the right to send as it (Exchange \

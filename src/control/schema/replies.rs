@@ -119,7 +119,7 @@ fn test_report() -> Value {
             "description": "In order; the last one is the one that failed.",
             "type": "array", "items": object("A step.", step, &[]),
         },
-        "warnings": sentences("What does not fail the test but will hurt delivery."),
+        "warnings": sentences("What does not fail the test but may hurt delivery."),
         "notes": sentences("What was found beside, and what a test cannot tell."),
         "error": definition("Error"),
     });

@@ -49,8 +49,8 @@ pub(super) fn lines(report: &Value, marks: Marks) -> Option<Vec<String>> {
     if passed {
         let warned = match items("warnings").len() {
             0 => "",
-            1 => " The warning does not fail it, but will hurt delivery.",
-            _ => " The warnings do not fail it, but will hurt delivery.",
+            1 => " The warning does not fail it, but may hurt delivery.",
+            _ => " The warnings do not fail it, but may hurt delivery.",
         };
         lines.extend(wrapped("", &format!("The connection test passed; nothing was sent.{warned}")));
     } else {
@@ -182,7 +182,7 @@ Next: Use an app password."
         let words = shown(&report, false);
         assert!(
             words.ends_with(
-                "The connection test passed; nothing was sent. The warnings do not fail it, but will hurt delivery."
+                "The connection test passed; nothing was sent. The warnings do not fail it, but may hurt delivery."
             ),
             "{words}"
         );

@@ -63,13 +63,16 @@ impl Control {
     }
 
     async fn ask(&self, key: &JobKey) -> Result<Option<Value>, StoreError> {
-        if let Some(status) = self.store.job_status(key).await? {
+        if let Some(mut status) = self.store.job_status(key).await? {
+            // As the command spells it.
+            status.key.organization.clone_from(&key.organization);
             return Ok(Some(view(&status)));
         }
         let organization = key.organization.as_ref().map_or("", OrganizationId::as_str);
         let letters = self.store.letters_of(key.id, Some(organization)).await?;
         // A letter of that name may be somebody else's.
-        Ok(letters.iter().find(|letter| letter.key.as_ref() == Some(key)).map(letter_view))
+        let own = letters.into_iter().find(|letter| letter.key.as_ref() == Some(key));
+        Ok(own.map(|letter| letter_view(&Letter { key: Some(key.clone()), ..letter })))
     }
 }
 

@@ -325,7 +325,7 @@ impl Releaser {
         let Burial { letter, reason, partly_sent, .. } = burial;
         let event = |what| Event {
             at: self.clock.now(),
-            organization_id: letter.key.as_ref().and_then(|key| key.organization.clone()),
+            organization_id: organization_of(letter).and_then(|id| OrganizationId::stored(id.as_str()).ok()),
             job: letter.job_id.map(|job_id| JobFacts {
                 job_id,
                 kind: letter.kind.clone(),

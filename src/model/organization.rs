@@ -42,6 +42,16 @@ impl OrganizationId {
         Self { text: number.to_string().into(), integer: true }
     }
 
+    /// Reads an identifier out of the database, which does not keep the spelling: what is an integer's text is spelled as
+    /// the integer, as events are in which the job tells the spelling.
+    ///
+    /// # Errors
+    /// As for [`OrganizationId::parse`].
+    pub fn stored(text: &str) -> Result<Self, InvalidOrganizationId> {
+        let integer = text.parse::<i64>().is_ok_and(|number| number.to_string() == text);
+        Ok(Self { integer, ..Self::parse(text)? })
+    }
+
     /// The identifier's text, the form in which it is stored and compared.
     pub fn as_str(&self) -> &str {
         &self.text
@@ -134,6 +144,22 @@ mod tests {
         assert_eq!(number, text);
         assert_eq!(serde_json::to_string(&number).unwrap(), "42");
         assert_eq!(serde_json::to_string(&text).unwrap(), "\"42\"");
+    }
+
+    #[test]
+    fn a_stored_integer_is_spelled_as_one_and_nothing_else_is() {
+        for (text, json) in [
+            ("42", "42"),
+            ("-7", "-7"),
+            ("0", "0"),
+            ("042", "\"042\""),
+            ("-0", "\"-0\""),
+            ("acme", "\"acme\""),
+        ] {
+            let stored = OrganizationId::stored(text).unwrap();
+            assert_eq!((serde_json::to_string(&stored).unwrap().as_str(), stored.as_str()), (json, text));
+        }
+        assert!(OrganizationId::stored("a b").is_err());
     }
 
     #[test]

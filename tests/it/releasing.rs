@@ -307,6 +307,28 @@ async fn without_its_configuration_or_its_flag_an_organizations_parked_mail_take
 }
 
 #[tokio::test]
+async fn an_organization_that_is_a_number_is_spelled_as_one_by_its_recovery_and_to_who_asks_so() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("4711").await;
+    fail(&world, "4711", 3600).await;
+    let parked = job(Some("4711"));
+    park(&world, std::slice::from_ref(&parked)).await;
+    probe_now(&world, "4711").await;
+    world.received(1).await;
+    let recovered =
+        |event: &Value| event["type"] == "smtp_config.recovered" && event["organization_id"] == 4711;
+    world.events.wait_for(recovered, SOON).await;
+    for spelled in [json!(4711), json!("4711")] {
+        let command =
+            json!({"command": "job.status", "organization_id": spelled, "params": {"id": parked["id"]}});
+        assert_eq!(world.control(command).await["result"]["organization_id"], spelled);
+    }
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_letter_that_is_archived_after_the_release_is_not_stuck() {
     let world = World::new().await;
     let worker = world.worker().await;

@@ -48,7 +48,7 @@ impl Store {
         rows.iter()
             .map(|row| {
                 let id: &str = row.try_get("organization_id")?;
-                let organization = OrganizationId::parse(id)
+                let organization = OrganizationId::stored(id)
                     .map_err(|_| StoreError::Internal(format!("`{id}` is stored as an organization")))?;
                 let released = row.try_get::<i64, _>("released")?.unsigned_abs();
                 Ok(Recovery { organization, at: row.try_get("recovered_at")?, released })

@@ -259,6 +259,6 @@ impl Store {
 }
 
 fn organization_of(text: &str) -> Result<OrganizationId, StoreError> {
-    OrganizationId::parse(text)
+    OrganizationId::stored(text)
         .map_err(|_| StoreError::Internal(format!("`{text}` is stored as an organization")))
 }

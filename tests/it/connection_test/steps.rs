@@ -137,7 +137,7 @@ async fn each_fault_ends_at_its_step_with_its_code() {
         (of(&banner), "connect_failed", "greeting", "SMTP"),
         (of(&busy), "rejected", "greeting", "554 5.3.2 no service for <a…@acme.example>"),
         (of(&ehlo), "rejected", "greeting", "550 5.5.0 go away"),
-        (of(&no_tls_now), "rejected", "tls", "454"),
+        (of(&no_tls_now), "tls_failed", "tls", "454"),
         (of(&tempfail), "rejected", "authenticate", "454 4.7.0 Temporary"),
         (of(&closing), "rejected", "authenticate", "421"),
         (of(&lost), "connect_failed", "authenticate", "closed the connection"),

@@ -8,6 +8,7 @@ use super::smtp_params::SmtpParams;
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
 use crate::model::event::What;
+use crate::model::smtp_settings::TlsMode;
 use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
 pub(super) const PARAMS: &[&str] =
@@ -111,7 +112,11 @@ fn changes_host(current: &SmtpConfig, patch: &SmtpConfigPatch) -> bool {
 
 /// A stored password is only ever presented to the server it was entered for.
 pub(super) fn password_rule(current: &SmtpConfig, patch: &SmtpConfigPatch) -> Result<(), ControlError> {
-    let gives_up_tls = current.secure && patch.secure == Some(false);
+    let insists = |port, secure| TlsMode::new(port, secure) != TlsMode::Opportunistic;
+    let (port, secure) = (patch.port.unwrap_or(current.port), patch.secure.unwrap_or(current.secure));
+    // A port can give it up too: that of TLS from the first byte is left, and `secure` was off all along.
+    let gives_up_tls =
+        (current.secure && !secure) || (insists(current.port, current.secure) && !insists(port, secure));
     if patch.password.is_none() && (changes_host(current, patch) || gives_up_tls) {
         return Err(ControlError::password_needed());
     }

@@ -376,6 +376,17 @@ async fn the_fixed_messages_are_the_contracts() {
 }
 
 #[tokio::test]
+async fn a_port_that_gives_up_tls_asks_for_the_password_again() {
+    let world = World::enabled("acme").await;
+    let implicit = settings_with(json!({"port": 465, "secure": false}));
+    world.ok("smtp_config.create", "acme", implicit).await;
+    let given_up = world.error("smtp_config.update", "acme", json!({"port": 587})).await;
+    assert_eq!(given_up, code("invalid_field", "password"));
+    world.ok("smtp_config.update", "acme", json!({"port": 587, "secure": true})).await;
+    world.ok("smtp_config.update", "acme", json!({"port": 25})).await;
+}
+
+#[tokio::test]
 async fn a_body_that_is_no_command_is_an_invalid_request() {
     let world = World::new().await;
     for body in [&b"hello"[..], b"", b"[]", b"\xff\xfe", b"{\"command\":\"smtp_config.get\"", &[b'['; 70_000]]

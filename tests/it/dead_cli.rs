@@ -464,7 +464,9 @@ async fn a_job_that_only_the_archive_knows_has_a_status() {
     assert!(other.contains("neither the ledger nor the archive"), "{other}");
     house.fails(&["job", "status", &id, "--platform"], 1).await;
 
-    assert_eq!(job_status(&house, json!(42), &id).await["result"], answer, "one way to tell it");
+    assert_eq!(job_status(&house, json!("42"), &id).await["result"], answer, "one way to tell it");
+    let spelled = &job_status(&house, json!(42), &id).await["result"]["organization_id"];
+    assert_eq!(*spelled, 42, "as the command spells it");
     assert_eq!(job_status(&house, json!(7), &id).await["error"]["code"], "not_found");
     let nobodys = job_status(&house, json!(null), &unread.id().to_string()).await;
     assert_eq!(nobodys["error"]["code"], "not_found", "a letter without a job is no job of the platform's");

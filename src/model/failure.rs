@@ -1,9 +1,10 @@
 //! What can go wrong on a job's way: a reason from the contract, the phase, and what the server said.
-//! Guarantee: a [`Reply`] is one bounded line with its addresses masked, so it can be stored and shown.
+//! Guarantee: a [`Reply`] shows one bounded line with its addresses masked and no credential, so it can be stored.
 
 use std::fmt;
 use std::net::SocketAddr;
 
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 
 use super::address::mask_addresses;
@@ -177,8 +178,8 @@ impl EnhancedCode {
     }
 }
 
-/// A server's reply, made fit to store and show.
-#[derive(Clone, PartialEq, Eq)]
+/// A server's reply, made fit to store and show. Two are equal when they show the same.
+#[derive(Clone)]
 pub struct Reply {
     /// The three digits.
     pub code: u16,
@@ -186,7 +187,18 @@ pub struct Reply {
     pub enhanced: Option<EnhancedCode>,
     /// The text behind the code: one line, at most 500 bytes, addresses masked.
     pub text: String,
+    /// The text before credentials were taken out of it, where that changed it: what was meant is in these words, even
+    /// where a user name is one of them.
+    as_said: Option<SecretString>,
 }
+
+impl PartialEq for Reply {
+    fn eq(&self, other: &Self) -> bool {
+        (self.code, self.enhanced, &self.text) == (other.code, other.enhanced, &other.text)
+    }
+}
+
+impl Eq for Reply {}
 
 impl Reply {
     /// Takes the lines of a reply as received, without their codes.
@@ -206,7 +218,20 @@ impl Reply {
             }
         }
         let text = text::bounded(&mask_addresses(&text::single_line(&joined)), REPLY_TEXT_MAX);
-        Self { code, enhanced, text }
+        Self { code, enhanced, text, as_said: None }
+    }
+
+    /// The same reply showing another's text: its own without what must not be shown.
+    pub fn shown_as(self, shown: Self) -> Self {
+        let as_said = (self.text != shown.text).then(|| SecretString::from(self.text));
+        Self { code: self.code, enhanced: self.enhanced, text: shown.text, as_said }
+    }
+
+    /// Whether the server said one of these words, which are lower case; letters count in either case.
+    pub(super) fn says(&self, words: &[&str]) -> bool {
+        let said = self.as_said.as_ref().map_or(&*self.text, ExposeSecret::expose_secret);
+        let said = said.to_ascii_lowercase();
+        words.iter().any(|word| said.contains(word))
     }
 
     /// 2xx.
@@ -406,6 +431,15 @@ mod tests {
         assert_eq!(reply.to_string(), "550 5.1.1 <a…@example.org>: unknown try later");
         assert_eq!(reply.enhanced, Some(EnhancedCode(5, 1, 1)));
         assert!(Reply::new(550, ["x".repeat(5000).as_str()]).text.len() <= REPLY_TEXT_MAX);
+    }
+
+    #[test]
+    fn a_concealed_reply_keeps_its_words_to_itself() {
+        let said = Reply::new(554, ["5.7.1 Relay access denied"]);
+        let reply = said.shown_as(Reply::new(554, ["[redacted] access denied"]));
+        assert_eq!(reply.enhanced, Some(EnhancedCode(5, 7, 1)));
+        assert!(reply.says(&["other", "relay access denied"]) && !reply.says(&["redacted"]));
+        assert_eq!(format!("{reply} {reply:?}"), "554 [redacted] access denied 554 [redacted] access denied");
     }
 
     #[test]

@@ -204,10 +204,8 @@ fn judge_reply(phase: Phase, reply: &Reply) -> Verdict {
 
 /// The account's fault, in any phase, even after the final dot.
 fn account_fault(phase: Phase, reply: &Reply) -> Option<Reason> {
-    let text = reply.text.to_ascii_lowercase();
-    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     match reply.code {
-        530 if says(&["starttls", "tls first", "encryption"]) => return Some(Reason::TlsRequired),
+        530 if reply.says(&["starttls", "tls first", "encryption"]) => return Some(Reason::TlsRequired),
         538 => return Some(Reason::TlsRequired),
         530 | 534 | 535 => return Some(Reason::AuthFailed),
         500..=599 => {}
@@ -221,7 +219,7 @@ fn account_fault(phase: Phase, reply: &Reply) -> Option<Reason> {
     }
     let sender_codes = [EnhancedCode(5, 7, 60), EnhancedCode(5, 1, 8), EnhancedCode(5, 2, 252)];
     let names_sender = reply.enhanced.is_some_and(|code| sender_codes.contains(&code))
-        || says(&[
+        || reply.says(&[
             "sendasdenied",
             "send as this sender",
             "not owned by",
@@ -235,18 +233,16 @@ fn account_fault(phase: Phase, reply: &Reply) -> Option<Reason> {
             "not permitted to relay",
         ]);
     // Postfix names our HELO name and the recipient in like words; those are other scopes.
-    (names_sender && !says(&["recipient address rejected"])).then_some(Reason::SenderRefused)
+    (names_sender && !reply.says(&["recipient address rejected"])).then_some(Reason::SenderRefused)
 }
 
 /// A limit of the provider's: the day's, or the moment's.
 fn quota_or_rate(reply: &Reply) -> Option<Verdict> {
-    let text = reply.text.to_ascii_lowercase();
-    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     if !(400..600).contains(&reply.code) || is_too_many_recipients(reply) {
         return None;
     }
     let daily = reply.enhanced == Some(EnhancedCode(5, 4, 5))
-        || says(&[
+        || reply.says(&[
             "daily user sending",
             "daily sending",
             "daily message quota",
@@ -261,7 +257,7 @@ fn quota_or_rate(reply: &Reply) -> Option<Verdict> {
         });
     }
     let rate = matches!(reply.code, 421 | 432 | 454)
-        || says(&[
+        || reply.says(&[
             "rate limit",
             "sending rate",
             "rate exceeded",
@@ -278,7 +274,7 @@ fn quota_or_rate(reply: &Reply) -> Option<Verdict> {
 fn is_servers_fault(reply: &Reply) -> bool {
     let storage = reply.code == 452 && reply.enhanced == Some(EnhancedCode(4, 3, 1));
     let helo =
-        (500..600).contains(&reply.code) && reply.text.to_ascii_lowercase().contains("helo command rejected");
+        (500..600).contains(&reply.code) && reply.says(&["helo command rejected"]);
     storage || helo || reply.code == 504
 }
 

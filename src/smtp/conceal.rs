@@ -1,6 +1,6 @@
 //! Credentials taken out of what a server says: some repeat what they were told.
-//! Guarantee: from AUTH on, no reply of the session holds user name or password, be it as they are, as AUTH carries them, or
-//! escaped for JSON, a URL or a log.
+//! Guarantee: nothing that is shown of a session's replies holds user name or password, be it as they are, as AUTH carries
+//! them, or escaped for JSON, a URL or a log. What the replies mean is judged by what was said.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,6 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::reply::RawReply;
 use crate::model::smtp_settings::Credentials;
 
 /// What stands in their place.
@@ -16,7 +15,7 @@ const CONCEALED: &str = "[redacted]";
 /// A shorter one is a part of many words, and is taken out where it stands alone.
 const SHORT: usize = 4;
 
-/// Every form of one pair of credentials, the longest first.
+/// Every form of one pair of credentials in lower case, the longest first.
 pub(super) struct Concealed {
     forms: Vec<SecretString>,
 }
@@ -34,16 +33,15 @@ impl Concealed {
             forms.push(secret.to_owned());
         }
         forms.retain(|form| !form.is_empty());
-        forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
+        forms.iter_mut().for_each(|form| form.make_ascii_lowercase());
+        forms.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
         forms.dedup();
         Self { forms: forms.into_iter().map(SecretString::from).collect() }
     }
 
-    /// The reply without them.
-    pub fn conceal(&self, reply: RawReply) -> RawReply {
-        let lines = reply.lines.into_iter();
-        let lines = lines.map(|line| self.forms.iter().fold(line, without));
-        RawReply { code: reply.code, lines: lines.collect() }
+    /// The text without them.
+    pub fn taken_out_of(&self, text: &str) -> String {
+        self.forms.iter().fold(text.to_owned(), without)
     }
 }
 
@@ -61,7 +59,7 @@ fn percent(text: &str) -> String {
 
 /// Letters count in either case.
 fn without(line: String, form: &SecretString) -> String {
-    let form = form.expose_secret().to_ascii_lowercase();
+    let form = form.expose_secret();
     let lower = line.to_ascii_lowercase();
     let stands_alone = |at: usize| {
         let is_word = |c: char| c.is_alphanumeric();
@@ -71,7 +69,7 @@ fn without(line: String, form: &SecretString) -> String {
     };
     let mut kept = String::new();
     let mut from = 0;
-    for (at, _) in lower.match_indices(&form).filter(|(at, _)| stands_alone(*at)) {
+    for (at, _) in lower.match_indices(form).filter(|(at, _)| stands_alone(*at)) {
         kept.push_str(&line[from..at]);
         kept.push_str(CONCEALED);
         from = at + form.len();
@@ -89,8 +87,7 @@ mod tests {
 
     fn concealed(username: &str, password: &str, line: &str) -> String {
         let credentials = Credentials::new(username.to_owned(), password.to_owned());
-        let reply = RawReply { code: 535, lines: vec![line.to_owned()] };
-        Concealed::new(&credentials).conceal(reply).lines.remove(0)
+        Concealed::new(&credentials).taken_out_of(line)
     }
 
     #[test]

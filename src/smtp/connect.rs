@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
+use super::conceal::Concealed;
 use super::reply::{RawReply, dial_fault, egress_fault, protocol};
 use super::session::{Session, SessionFacts, drive};
 use super::stream::{Channel, Deadlines, Io, SharedChannel};
@@ -28,6 +29,10 @@ use crate::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode
 
 /// More destinations than this and the resumption caches are dropped; all that is lost is a shorter handshake.
 const CACHED_CONFIGS_MAX: usize = 4096;
+/// More AUTH mechanisms than these are not kept; IANA's registry has some thirty.
+const MECHANISMS_MAX: usize = 32;
+/// What can be used, the better one first.
+const USABLE: [Mechanism; 2] = [Mechanism::Plain, Mechanism::Login];
 
 /// Hears how long each phase took, and what was not dialled. Called from the sending task: it must not block.
 pub trait Observer: Send + Sync {
@@ -73,7 +78,7 @@ pub(super) struct Offers {
     pub eight_bit_mime: bool,
     /// Whether SIZE is known, and the limit in bytes if the server names one (RFC 1870 section 3).
     pub size: Option<Option<u64>>,
-    /// AUTH mechanisms, upper case.
+    /// AUTH mechanisms, upper case: names as RFC 4422 section 3.1 has them, and no other words.
     pub mechanisms: Vec<String>,
 }
 
@@ -94,9 +99,10 @@ impl Offers {
                     offers.size = Some(limit.filter(|limit| *limit > 0));
                 }
                 Some("AUTH") => {
-                    for mechanism in words.map(str::to_owned) {
-                        if !offers.mechanisms.contains(&mechanism) {
-                            offers.mechanisms.push(mechanism);
+                    for name in words.filter(|word| is_mechanism(word, reply)) {
+                        let is_new = !offers.mechanisms.iter().any(|known| known == name);
+                        if is_new && offers.mechanisms.len() < MECHANISMS_MAX {
+                            offers.mechanisms.push(name.to_owned());
                         }
                     }
                 }
@@ -110,8 +116,15 @@ impl Offers {
     fn usable_mechanisms(&self) -> Vec<Mechanism> {
         let offered =
             |mechanism: &Mechanism| self.mechanisms.iter().any(|name| *name == mechanism.to_string());
-        [Mechanism::Plain, Mechanism::Login].into_iter().filter(offered).collect()
+        USABLE.into_iter().filter(offered).collect()
     }
+}
+
+/// One that can be used, or another that can be shown (RFC 4422 section 3.1).
+fn is_mechanism(word: &str, reply: &RawReply) -> bool {
+    let is_part = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
+    let is_name = (1..=20).contains(&word.len()) && word.bytes().all(is_part);
+    USABLE.iter().any(|mechanism| mechanism.to_string() == word) || (is_name && reply.may_show(word))
 }
 
 /// What an opening has come upon so far, whatever becomes of it.
@@ -136,6 +149,7 @@ pub(super) struct Opening<'a> {
     destination: &'a Destination,
     account: &'a SmtpAccount,
     host: ServerHost,
+    concealed: Option<Arc<Concealed>>,
     phase: Phase,
     since: Instant,
     found: Found,
@@ -205,8 +219,9 @@ impl<'a> Opening<'a> {
     ) -> Result<Self, Failure> {
         let host = ServerHost::parse(&account.host)
             .map_err(|_| Failure::new(Phase::Resolve, Fault::HostNotFound))?;
+        let concealed = account.credentials.as_ref().map(|credentials| Arc::new(Concealed::new(credentials)));
         let (phase, since, found) = (Phase::Resolve, Instant::now(), Found::default());
-        Ok(Self { connector, destination, account, host, phase, since, found })
+        Ok(Self { connector, destination, account, host, concealed, phase, since, found })
     }
 
     /// Everything up to and including AUTH. Dropped on the way, it can still be asked how far it came.
@@ -266,7 +281,7 @@ impl<'a> Opening<'a> {
             let offers = self.ehlo(&mut channel).await?;
             return Ok((channel, greeting, offers, tls));
         }
-        let mut channel = Channel::new(Io::Plain(stream));
+        let mut channel = self.channel(Io::Plain(stream));
         let greeting = self.greeting(&mut channel).await?;
         let offers = self.ehlo(&mut channel).await?;
         if !offers.starttls && self.may_stay_in_clear() {
@@ -284,6 +299,10 @@ impl<'a> Opening<'a> {
         // What the server said before TLS counts no longer (RFC 3207 section 4.2).
         let offers = self.ehlo(&mut channel).await?;
         Ok((channel, greeting, offers, tls))
+    }
+
+    fn channel(&self, io: Io) -> Channel {
+        Channel::new(io, self.concealed.clone())
     }
 
     fn may_stay_in_clear(&self) -> bool {
@@ -336,7 +355,7 @@ impl<'a> Opening<'a> {
             .map_err(|error| handshake_fault(&error, &self.account.host))?;
         let facts = facts(stream.get_ref().1);
         self.found.tls.clone_from(&facts);
-        Ok((Channel::new(Io::Tls(Box::new(stream))), facts))
+        Ok((self.channel(Io::Tls(Box::new(stream))), facts))
     }
 
     /// From here on the client library speaks; it gets the opening replayed.
@@ -374,7 +393,6 @@ impl<'a> Opening<'a> {
 async fn authenticate(session: &mut Session, credentials: &Credentials) -> Result<&'static str, Fault> {
     let client_credentials =
         ClientCredentials::new(credentials.username().to_owned(), credentials.password().to_owned());
-    session.parts().1.lock().conceal(credentials);
     for mechanism in session.offers().usable_mechanisms() {
         let reply = try_mechanism(session, mechanism, &client_credentials).await?;
         if reply.is_success() {
@@ -426,7 +444,7 @@ mod tests {
             "AUTH=LOGIN plain",
             "smtputf8",
         ];
-        let offers = Offers::read(&RawReply { code: 250, lines: lines.map(str::to_owned).to_vec() });
+        let offers = Offers::read(&ehlo_reply(lines));
         assert_eq!(
             offers,
             Offers {
@@ -444,8 +462,27 @@ mod tests {
     #[test]
     fn a_size_of_zero_or_none_is_no_limit() {
         for keyword in ["SIZE 0", "SIZE"] {
-            let lines = vec!["mail.test".to_owned(), keyword.to_owned()];
-            assert_eq!(Offers::read(&RawReply { code: 250, lines }).size, Some(None));
+            assert_eq!(Offers::read(&ehlo_reply(["mail.test", keyword])).size, Some(None));
         }
+    }
+
+    #[test]
+    fn only_names_of_mechanisms_are_kept_and_not_without_end() {
+        let hostile = "AUTH \u{1b}]0;x\u{7} ann@customer.example PLAIN <b> X-A_1 A234567890123456789012";
+        assert_eq!(Offers::read(&ehlo_reply(["mail.test", hostile])).mechanisms, ["PLAIN", "X-A_1"]);
+        let many = (0..1000).fold("AUTH".to_owned(), |line, number| format!("{line} M{number}"));
+        assert_eq!(Offers::read(&ehlo_reply(["mail.test", &many])).mechanisms.len(), MECHANISMS_MAX);
+    }
+
+    #[test]
+    fn a_mechanism_that_spells_a_credential_is_not_kept_unless_it_is_used() {
+        let credentials = Credentials::new("login".to_owned(), "hunter2".to_owned());
+        let concealed = Some(Arc::new(Concealed::new(&credentials)));
+        let reply = RawReply { concealed, ..ehlo_reply(["mail.test", "AUTH LOGIN HUNTER2 NTLM"]) };
+        assert_eq!(Offers::read(&reply).mechanisms, ["LOGIN", "NTLM"]);
+    }
+
+    fn ehlo_reply<const N: usize>(lines: [&str; N]) -> RawReply {
+        RawReply { code: 250, lines: lines.map(str::to_owned).to_vec(), concealed: None }
     }
 }

@@ -2,8 +2,11 @@
 //! Guarantee: a reply takes bounded memory, its code survives bytes that are not UTF-8, and bytes that are no SMTP reply
 //! appear in no failure.
 
+use std::fmt;
 use std::io;
+use std::sync::Arc;
 
+use super::conceal::Concealed;
 use crate::egress::{DialError, EgressError};
 use crate::model::failure::{Fault, Reply};
 
@@ -13,18 +16,34 @@ const LINE_MAX: usize = 8 << 10;
 const REPLY_MAX: usize = 64 << 10;
 
 /// A complete reply as it came, its bytes made valid UTF-8.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub(super) struct RawReply {
     /// 200 to 599.
     pub code: u16,
     /// The texts behind the codes, one per line.
     pub lines: Vec<String>,
+    /// What is taken out of what is shown of it.
+    pub concealed: Option<Arc<Concealed>>,
+}
+
+impl fmt::Debug for RawReply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.to_model(), f)
+    }
 }
 
 impl RawReply {
     /// The reply in the form that is stored and shown.
     pub fn to_model(&self) -> Reply {
-        Reply::new(self.code, self.lines.iter().map(String::as_str))
+        let said = Reply::new(self.code, self.lines.iter().map(String::as_str));
+        let Some(concealed) = &self.concealed else { return said };
+        let shown: Vec<String> = self.lines.iter().map(|line| concealed.taken_out_of(line)).collect();
+        said.shown_as(Reply::new(self.code, shown.iter().map(String::as_str)))
+    }
+
+    /// Whether a word of this reply holds nothing that is concealed.
+    pub fn may_show(&self, word: &str) -> bool {
+        self.concealed.as_ref().is_none_or(|concealed| concealed.taken_out_of(word) == word)
     }
 
     /// 2xx.
@@ -97,7 +116,7 @@ impl Inbox {
             self.lines.push(String::from_utf8_lossy(text).into_owned());
             if last {
                 self.reply_bytes = 0;
-                return Ok(Some(RawReply { code, lines: std::mem::take(&mut self.lines) }));
+                return Ok(Some(RawReply { code, lines: std::mem::take(&mut self.lines), concealed: None }));
             }
         }
         if self.bytes.len() >= LINE_MAX {
@@ -152,13 +171,13 @@ mod tests {
 
     use super::*;
 
-    fn read_all(bytes: &[u8], chunk: usize) -> (Vec<RawReply>, Option<Fault>) {
+    fn read_all(bytes: &[u8], chunk: usize) -> (Vec<(u16, Vec<String>)>, Option<Fault>) {
         let (mut inbox, mut replies) = (Inbox::default(), Vec::new());
         for part in bytes.chunks(chunk) {
             inbox.push(part);
             loop {
                 match inbox.next_reply() {
-                    Ok(Some(reply)) => replies.push(reply),
+                    Ok(Some(reply)) => replies.push((reply.code, reply.lines)),
                     Ok(None) => break,
                     Err(fault) => return (replies, Some(fault)),
                 }
@@ -190,10 +209,7 @@ mod tests {
     fn a_reply_of_several_lines_is_one_reply_with_its_last_code() {
         let (replies, fault) = read_all(b"250-one\r\n250-\xff\n550 three\r\n221\r\n", 1000);
         let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
-        let expected = [
-            RawReply { code: 550, lines: lines(&["one", "\u{fffd}", "three"]) },
-            RawReply { code: 221, lines: lines(&[""]) },
-        ];
+        let expected = [(550, lines(&["one", "\u{fffd}", "three"])), (221, lines(&[""]))];
         assert_eq!((replies.as_slice(), fault), (&expected[..], None));
     }
 
@@ -201,7 +217,7 @@ mod tests {
     fn a_line_or_a_reply_without_end_is_an_error_before_it_fills_the_memory() {
         let mut inbox = Inbox::default();
         inbox.push(&[b'2'; LINE_MAX - 1]);
-        assert_eq!(inbox.next_reply(), Ok(None));
+        assert!(matches!(inbox.next_reply(), Ok(None)));
         inbox.push(b"2");
         assert!(inbox.next_reply().is_err());
         let (replies, fault) = read_all(&b"250-more\r\n".repeat(REPLY_MAX / 10 + 1), 4096);

@@ -20,7 +20,6 @@ use tokio_rustls::client::TlsStream;
 use super::conceal::Concealed;
 use super::reply::{Inbox, RawReply, protocol};
 use crate::model::failure::{Fault, TlsFault};
-use crate::model::smtp_settings::Credentials;
 
 /// Replies that may wait while we still write: enough for a thousand recipients in one pipelined envelope.
 const INBOX_MAX: usize = 512 << 10;
@@ -78,12 +77,13 @@ pub(super) struct Channel {
     body: Body,
     /// Since when the reply is awaited, or the message makes no progress.
     since: Instant,
-    /// What no reply may repeat.
-    concealed: Option<Concealed>,
+    /// What nothing that is shown of a reply may repeat.
+    concealed: Option<Arc<Concealed>>,
 }
 
 impl Channel {
-    pub fn new(io: Io) -> Self {
+    /// An end whose replies show nothing of what is concealed.
+    pub fn new(io: Io, concealed: Option<Arc<Concealed>>) -> Self {
         Self {
             io,
             inbox: Inbox::default(),
@@ -94,13 +94,8 @@ impl Channel {
             broken: None,
             body: Body::Off,
             since: Instant::now(),
-            concealed: None,
+            concealed,
         }
-    }
-
-    /// From now on no reply repeats these credentials.
-    pub fn conceal(&mut self, credentials: &Credentials) {
-        self.concealed = Some(Concealed::new(credentials));
     }
 
     /// Gives the plain socket back, for TLS to be taken up on it.
@@ -212,10 +207,7 @@ impl Channel {
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<RawReply, Fault>> {
         loop {
             if let Some(reply) = self.inbox.next_reply()? {
-                return Poll::Ready(Ok(match &self.concealed {
-                    Some(concealed) => concealed.conceal(reply),
-                    None => reply,
-                }));
+                return Poll::Ready(Ok(RawReply { concealed: self.concealed.clone(), ..reply }));
             }
             match ready!(self.poll_fill(cx)) {
                 Ok(0) | Err(_) => return Poll::Ready(Err(Fault::Lost)),

@@ -320,6 +320,27 @@ async fn a_sender_that_the_server_refuses_at_rcpt_is_the_accounts_fault() {
 }
 
 #[tokio::test]
+async fn credentials_that_are_words_of_a_refusal_do_not_change_what_it_means() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let refusal = "554 5.7.1 <ann@customer.example>: Relay access denied";
+    let server = world
+        .another_server(|behaviour| {
+            behaviour.login = Some(("relay".into(), "denied".into()));
+            behaviour.rule(Rule::new(Stage::Rcpt, Action::reply(refusal)));
+        })
+        .await;
+    let fields = json!({"port": server.port(), "username": "relay", "password": "denied"});
+    world.organization_at("acme", fields).await;
+    let id = world.publish(&job(Some("acme"))).await;
+    assert_eq!(world.story(id).await, "parked sender_refused");
+    let (_, _, detail) = world.dead_letter().await;
+    assert!(detail.contains("554 5.7.1 <a…@customer.example>: [redacted] access [redacted]"), "{detail}");
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_server_that_awaits_a_message_for_nobody_gets_a_lone_dot_and_the_session_goes_on() {
     let world = World::with(|behaviour| behaviour.data_without_recipients = true).await;
     let worker = world.worker().await;

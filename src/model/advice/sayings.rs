@@ -28,8 +28,8 @@ impl Saying {
         Self { enhanced: Some(EnhancedCode(class, subject, detail)), ..self }
     }
 
-    fn fits(&self, text: &str, reply: &Reply, server: ServerFacts<'_>) -> bool {
-        self.words.iter().any(|word| text.contains(word))
+    fn fits(&self, reply: &Reply, server: ServerFacts<'_>) -> bool {
+        reply.says(self.words)
             || (self.enhanced.is_some() && self.enhanced == reply.enhanced)
             || self.domain.is_some_and(|domain| server.is_in(domain))
     }
@@ -37,10 +37,9 @@ impl Saying {
 
 /// The advice for a refusal; none where its words are nobody's in particular.
 pub(super) fn advice(phase: Phase, reply: &Reply, server: ServerFacts<'_>) -> Option<String> {
-    let text = reply.text.to_ascii_lowercase();
     let is_login = phase == Phase::Auth || matches!(reply.code, 530 | 534 | 535);
     let tables: &[&[Saying]] = match reply.code {
-        _ if asks_for_tls(reply, &text) => return Some(super::of_missing_tls(server)),
+        _ if asks_for_tls(reply) => return Some(super::of_missing_tls(server)),
         400..=499 if phase == Phase::Auth => return Some(LOGIN_FOR_NOW.to_owned()),
         400..=499 if phase == Phase::Starttls && reply.code != 421 => return Some(TLS_FOR_NOW.to_owned()),
         500..=599 if is_login => &[LOGIN, LOGIN_BY_HOST],
@@ -48,14 +47,13 @@ pub(super) fn advice(phase: Phase, reply: &Reply, server: ServerFacts<'_>) -> Op
         400..=599 => &[DELIVERY],
         _ => return None,
     };
-    let found = tables.iter().copied().flatten().find(|saying| saying.fits(&text, reply, server));
+    let found = tables.iter().copied().flatten().find(|saying| saying.fits(reply, server));
     let turned_away = (phase == Phase::Greeting && reply.code >= 500).then_some(TURNED_AWAY);
     found.map(|saying| saying.advice).or(turned_away).map(ToOwned::to_owned)
 }
 
-fn asks_for_tls(reply: &Reply, text: &str) -> bool {
-    reply.code == 538
-        || (reply.code == 530 && ["starttls", "tls first", "encryption"].iter().any(|w| text.contains(w)))
+fn asks_for_tls(reply: &Reply) -> bool {
+    reply.code == 538 || (reply.code == 530 && reply.says(&["starttls", "tls first", "encryption"]))
 }
 
 const MICROSOFT_NO_PASSWORDS: &str = "Microsoft 365 takes no password for this account: basic authentication \

@@ -91,6 +91,40 @@ async fn credentials_that_a_server_repeats_are_not_told() {
 }
 
 #[tokio::test]
+async fn credentials_that_a_server_knows_before_the_login_are_not_told_either() {
+    let house = House::new().await;
+    let server = house.server(|_| {}).await;
+    house.store(&server).await;
+    server.rule(Rule::new(Stage::Banner, Action::reply(&format!("220 hello {USERNAME}"))).once());
+    let report = house.test(json!({})).await;
+    let greeting = &report["steps"][3];
+    assert_eq!((&greeting["step"], &greeting["ok"]), (&json!("greeting"), &json!(true)), "{report}");
+    assert!(greeting["detail"].as_str().is_some_and(|told| told.contains("hello [redacted]")), "{report}");
+    server.rule(Rule::new(Stage::Ehlo, Action::reply(&format!("550 5.7.1 not {PASSWORD}"))).once());
+    let report = house.test(json!({})).await;
+    assert!(report["error"]["message"].as_str().is_some_and(|told| told.contains("[redacted]")), "{report}");
+}
+
+#[tokio::test]
+async fn of_the_mechanisms_on_offer_only_names_are_told() {
+    let house = House::new().await;
+    let server = house
+        .server(|behaviour| {
+            behaviour.mechanisms.clear();
+            behaviour.more_keywords = vec!["AUTH \u{1b}]0;owned\u{7} bob@customer.example NTLM <b>GSSAPI</b>"];
+        })
+        .await;
+    house.store(&server).await;
+    let report = house.test(json!({})).await;
+    assert_eq!(report["error"]["code"], "auth_failed", "{report}");
+    let told = report.to_string();
+    assert!(told.contains("(it offers NTLM)"), "{report}");
+    for said in ["owned", "bob", "GSSAPI", "\\u001b"] {
+        assert!(!told.to_ascii_lowercase().contains(&said.to_ascii_lowercase()), "{said}: {report}");
+    }
+}
+
+#[tokio::test]
 async fn the_last_test_of_the_stored_configuration_is_kept() {
     let house = House::new().await;
     let server = house.server(|_| {}).await;

@@ -1,12 +1,17 @@
 //! Passwords from where no other process can see them: a terminal without echo, a file, or standard input.
-//! Guarantee: a password is never an argument and never shown.
+//! Guarantee: a password is never an argument and never shown, and a terminal echoes again whatever ends the question.
 
-use std::io::{IsTerminal, Read};
+use std::fs::File;
+use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use secrecy::{ExposeSecret, SecretString};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::block_in_place;
 
 /// Far above any password; a wrong file should not be read whole.
 const PASSWORD_MAX: u64 = 4096;
@@ -30,8 +35,8 @@ impl PasswordArgs {
     pub(super) fn required(&self) -> anyhow::Result<SecretString> {
         match self.given()? {
             Some(password) => Ok(password),
-            None if std::io::stdin().is_terminal() => ask(),
-            None => read(std::io::stdin()).context(
+            None if io::stdin().is_terminal() => ask(),
+            None => read(io::stdin()).context(
                 "the SMTP password is missing on standard input; put it there or give --password-file FILE",
             ),
         }
@@ -44,14 +49,12 @@ impl PasswordArgs {
     pub(super) fn given(&self) -> anyhow::Result<Option<SecretString>> {
         let password = match &self.password_file {
             Some(path) if path != Path::new("-") => {
-                let file = std::fs::File::open(path)
+                let file = File::open(path)
                     .with_context(|| format!("--password-file {} cannot be read", path.display()))?;
                 read(file).with_context(|| format!("--password-file {}", path.display()))?
             }
-            Some(_) => read(std::io::stdin()).context("the password on standard input")?,
-            None if self.password_stdin => {
-                read(std::io::stdin()).context("the password on standard input")?
-            }
+            Some(_) => read(io::stdin()).context("the password on standard input")?,
+            None if self.password_stdin => read(io::stdin()).context("the password on standard input")?,
             None => return Ok(None),
         };
         Ok(Some(password))
@@ -60,8 +63,55 @@ impl PasswordArgs {
 
 /// Asks the terminal.
 pub(super) fn ask() -> anyhow::Result<SecretString> {
-    let password = rpassword::prompt_password("SMTP password: ").context("the terminal gave no password")?;
-    judged(password.into())
+    let terminal = Arc::new(Silenced::new().context("no terminal to ask for the password")?);
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("listening for signals")?;
+    let watched = terminal.clone();
+    let watching = tokio::spawn(async move {
+        let signal = tokio::select! {
+            _ = interrupt.recv() => SignalKind::interrupt(),
+            _ = terminate.recv() => SignalKind::terminate(),
+        };
+        watched.end(signal);
+    });
+    let answer = block_in_place(|| rpassword::prompt_password("SMTP password: "));
+    if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Interrupted) {
+        terminal.end(SignalKind::interrupt());
+    }
+    watching.abort();
+    terminal.restore();
+    judged(answer.context("the terminal gave no password")?.into())
+}
+
+/// The terminal, showing nothing of what is typed from before the question is asked until it is restored.
+struct Silenced {
+    terminal: File,
+    before: Termios,
+}
+
+impl Silenced {
+    fn new() -> io::Result<Self> {
+        let terminal = File::open("/dev/tty")?;
+        let before = termios::tcgetattr(&terminal)?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        termios::tcsetattr(&terminal, OptionalActions::Now, &silent)?;
+        Ok(Self { terminal, before })
+    }
+
+    fn restore(&self) {
+        // A terminal that is gone needs it no more.
+        let _ = termios::tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
+    }
+
+    /// A signal ends the program in the middle of the question: the thread that waits for the answer cannot be ended
+    /// otherwise.
+    fn end(&self, signal: SignalKind) -> ! {
+        self.restore();
+        eprintln!();
+        // As a shell tells of a program that a signal has ended.
+        std::process::exit(128 + signal.as_raw_value());
+    }
 }
 
 fn read(source: impl Read) -> anyhow::Result<SecretString> {

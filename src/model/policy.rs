@@ -273,8 +273,7 @@ fn quota_or_rate(reply: &Reply) -> Option<Verdict> {
 /// The server's or our own HELO name's fault, whatever the command was.
 fn is_servers_fault(reply: &Reply) -> bool {
     let storage = reply.code == 452 && reply.enhanced == Some(EnhancedCode(4, 3, 1));
-    let helo =
-        (500..600).contains(&reply.code) && reply.says(&["helo command rejected"]);
+    let helo = (500..600).contains(&reply.code) && reply.says(&["helo command rejected"]);
     storage || helo || reply.code == 504
 }
 

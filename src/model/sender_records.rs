@@ -127,6 +127,7 @@ fn is_spf(text: &str) -> bool {
 }
 
 fn dmarc(domain: &str, levels: &[Answer<String>], findings: &mut Findings) {
+    let mut too_many = false;
     for (name, answer) in dmarc_levels(domain).into_iter().zip(levels) {
         let records: Vec<&String> = match answer {
             Answer::Failed(why) => return findings.not_looked_up("DMARC", why),
@@ -136,11 +137,17 @@ fn dmarc(domain: &str, levels: &[Answer<String>], findings: &mut Findings) {
         match records.as_slice() {
             [] => {}
             [record] => return findings.dmarc_record(domain, name, record),
-            several => findings.warnings.push(format!(
-                "DMARC: _dmarc.{name} has {} DMARC records, so that receivers take none of them. Keep one.",
-                several.len()
-            )),
+            several => {
+                too_many = true;
+                findings.warnings.push(format!(
+                    "DMARC: _dmarc.{name} has {} DMARC records, so that receivers take none of them. Keep one.",
+                    several.len()
+                ));
+            }
         }
+    }
+    if too_many {
+        return;
     }
     let where_not = if domain.matches('.').count() > 1 { "and its parent domains have" } else { "has" };
     findings.warnings.push(format!(
@@ -299,7 +306,7 @@ mod tests {
             (vec![found(&["v=DMARC1; p=reject; sp=none"]), none()], 0, "is reject"),
             (vec![none(), none()], 1, "no usable DMARC record"),
             (vec![found(&["v=dmarc1; p=none", "p=none; v=DMARC1", "v=DMARC12"]), none()], 1, "no usable"),
-            (vec![found(&["v=DMARC1; p=none", "v=DMARC1; p=reject"]), none()], 2, "has 2 DMARC records"),
+            (vec![found(&["v=DMARC1; p=none", "v=DMARC1; p=reject"]), none()], 1, "has 2 DMARC records"),
             (
                 vec![found(&["v=DMARC1; p=none", "v=DMARC1"]), found(&["v=DMARC1; p=reject"])],
                 1,

@@ -28,6 +28,7 @@ mod outages;
 mod parking;
 #[cfg(feature = "fault-injection")]
 mod poison;
+mod prompting;
 mod releasing;
 mod replay;
 mod replies;

@@ -31,7 +31,7 @@ pub(super) fn definitions() -> Vec<(String, Value)> {
         ("Error", error()),
         ("Reason", reason()),
         ("Configuration", configuration()),
-        ("Nothing", json!({"description": "An empty object.", "type": "object"})),
+        ("Nothing", json!({"description": "An empty object.", "type": "object", "maxProperties": 0})),
         ("TestReport", test_report()),
         ("TestEmail", test_email()),
         ("Feature", object("Whether the organization has it.", json!({"enabled": {"type": "boolean"}}), &[])),

@@ -16,7 +16,7 @@ pub(super) struct FieldArgs {
     #[arg(long)]
     host: Option<String>,
     /// The server's port
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
     /// The account's user name
     #[arg(long)]

@@ -11,7 +11,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Map, Value, json};
 
 use super::REPLY_WITHIN;
-use crate::cli::exit::Done;
+use crate::cli::exit::{BadArgument, Done};
 use crate::cli::output;
 use crate::cli::password::PasswordArgs;
 use crate::clock::Clock;
@@ -72,7 +72,7 @@ pub(in crate::cli) struct CreateArgs {
     #[arg(long)]
     host: String,
     /// The server's port
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// The account's user name
     #[arg(long)]
@@ -145,6 +145,11 @@ fn create_params(args: &CreateArgs) -> anyhow::Result<Map<String, Value>> {
 
 fn update_params(args: &UpdateArgs) -> anyhow::Result<Map<String, Value>> {
     let mut params = args.fields.given()?;
+    if params.is_empty() {
+        return Err(
+            BadArgument("nothing to update: give the fields to change, say --port 465".to_owned()).into()
+        );
+    }
     params.extend(given([("if_version", args.if_version.map(|version| json!(version)))]));
     Ok(params)
 }

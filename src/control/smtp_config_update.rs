@@ -7,7 +7,6 @@ use super::smtp_config_get::view;
 use super::smtp_params::SmtpParams;
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
-use crate::model::event::What;
 use crate::model::smtp_settings::TlsMode;
 use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
@@ -70,10 +69,7 @@ impl Control {
                         Refusal::LookAgain => ControlError::busy(),
                     }));
                 }
-                Ok(config) => {
-                    let events = self.event(organization, What::ConfigUpdated { version: config.version });
-                    return Ok(Done::changed(view(organization, &config), events));
-                }
+                Ok(config) => return Ok(Done::changed(view(organization, &config))),
             }
         }
         Err(ControlError::busy())

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use lapin::BasicProperties;
+use lapin::options::{QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use sendoff::broker::Broker;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
@@ -162,4 +164,69 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     eventually("one in time is carried out", async || seen("timely") == 1).await;
     broker.close().await;
     test.clean_up().await;
+}
+
+/// A queue that takes events of one type and is full: the broker refuses each of them, though other queues have it.
+async fn full_queue(world: &World, kind: &str) -> String {
+    let (queue, channel) = (world.broker.name("full"), world.broker.channel().await);
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.as_str().into(), options, arguments);
+    declared.await.expect("a queue");
+    world.broker.publish("", &queue, b"in the way", BasicProperties::default()).await;
+    let (events, options) = (world.broker.name("events"), QueueBindOptions::default());
+    let bound = channel.queue_bind(
+        queue.as_str().into(),
+        events.as_str().into(),
+        kind.into(),
+        options,
+        FieldTable::default(),
+    );
+    bound.await.expect("the exchange of the events exists");
+    queue
+}
+
+#[tokio::test]
+async fn a_change_is_announced_even_if_the_worker_dies_before_the_broker_has_taken_the_event() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let queue = full_queue(&world, "smtp_config.updated").await;
+    world.commanded("smtp_config.update", "acme", json!({"from_name": "Box office"})).await;
+    // The other queue tells that it was tried.
+    let tried = world.events.wait_for(|event| event["type"] == "smtp_config.updated", SOON).await;
+    worker.kill().await;
+    assert_eq!(world.broker.take(&queue).await.body, b"in the way");
+
+    let worker = world.worker().await;
+    let event: Value = serde_json::from_slice(&world.broker.take(&queue).await.body).expect("JSON");
+    assert_eq!(event, tried, "the same event, with the time of the change");
+    assert_eq!((&event["organization_id"], &event["version"]), (&json!("acme"), &json!(2)));
+    let left = "SELECT count(*) FROM config_events";
+    eventually("nothing is left to announce", async || world.database.number(left).await == 0).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_change_is_answered_before_it_is_announced_and_announced_once_that_can_be() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    // Announcing begins with the row's update.
+    let hold = "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$;
+                CREATE TRIGGER hold BEFORE UPDATE ON config_events FOR EACH ROW EXECUTE FUNCTION hold()";
+    world.database.run(hold).await;
+    let mut holder = world.database.connect().await;
+    sqlx::query("SELECT pg_advisory_lock(7)").execute(&mut holder).await.expect("the lock");
+    world.commanded("smtp_config.delete", "acme", json!({})).await;
+    let is_it = |event: &Value| event["type"] == "smtp_config.deleted";
+    assert!(!world.events.all().iter().any(is_it), "it waits, and the answer did not");
+    drop(holder);
+    world.events.wait_for(is_it, SOON).await;
+    worker.stop().await;
+    world.end().await;
 }

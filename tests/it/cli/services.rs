@@ -70,7 +70,7 @@ impl House {
     /// Answers one command as a worker does, and gives the command.
     async fn answer(&self, control: &Control) -> Value {
         let command = self.broker.take(&self.broker.name("control")).await;
-        let (response, _events) = control.handle(&command.body, CommandMeta::default()).await;
+        let response = control.handle(&command.body, CommandMeta::default()).await;
         let reply_to = command.properties.reply_to().as_ref().expect("a reply is wanted").to_string();
         let correlation = command.properties.correlation_id().clone().expect("a correlation id");
         let properties = BasicProperties::default().with_correlation_id(correlation);

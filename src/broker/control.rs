@@ -1,16 +1,16 @@
 //! Commands in, replies out.
-//! Guarantee: a command is carried out at most once: it is acknowledged before its handler starts. One that expired while it
-//! waited here is not carried out at all. A reply never goes to one of our own queues.
+//! Guarantee: a command is carried out at most once: before its handler starts, the broker has read that it is acknowledged.
+//! One that expired while it waited here is not carried out at all. A reply never goes to one of our own queues.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::Consumer;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicQosOptions};
 use lapin::types::ShortString;
+use lapin::{Channel, Consumer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
@@ -84,7 +84,7 @@ where
                             next = live.while_up(waiting.next(&slots, &mut consumer)) => next.flatten(),
                         };
                         let Some((slot, came, command)) = next else { break };
-                        self.accept(&live, slot, came, command).await;
+                        self.accept(&live, &channel, slot, came, command).await;
                     }
                 }
                 Err(error) if live.is_up() => {
@@ -102,11 +102,17 @@ where
         }
     }
 
-    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, came: Instant, command: Delivery) {
+    async fn accept(
+        &self,
+        live: &Live,
+        channel: &Channel,
+        slot: OwnedSemaphorePermit,
+        came: Instant,
+        command: Delivery,
+    ) {
         let expired = came.elapsed() > time_to_live(&command);
-        let acknowledged = live.while_up(command.acker.ack(BasicAckOptions::default())).await;
-        if !matches!(acknowledged, Some(Ok(true))) {
-            // Not acknowledged, so it comes again: carrying it out now would be once too often.
+        if live.while_up(acknowledge(channel, &command)).await != Some(true) {
+            // It may come again: carrying it out now could be once too often.
             return;
         }
         if expired {
@@ -148,6 +154,14 @@ impl Waiting {
             }
         }
     }
+}
+
+/// Whether the broker has read that a command is acknowledged. The library is done with an acknowledgement when the frame is
+/// written, and a connection that breaks then brings the command again. RabbitMQ works off a channel's methods in order, so an
+/// answer to anything behind it will do; the prefetch stays what it is.
+async fn acknowledge(channel: &Channel, command: &Delivery) -> bool {
+    matches!(command.acker.ack(BasicAckOptions::default()).await, Ok(true))
+        && channel.basic_qos(CONCURRENCY, BasicQosOptions::default()).await.is_ok()
 }
 
 /// How long a command may wait here: as long as in the queue, or as its sender says (milliseconds, as text).

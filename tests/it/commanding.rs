@@ -8,11 +8,12 @@ use futures_util::future::join_all;
 use lapin::BasicProperties;
 use lapin::options::{QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use sendoff::broker::Broker;
+use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
-use crate::support::broker::{SOON, TestBroker, eventually};
+use crate::support::broker::{SOON, TestBroker, amqp_url, eventually};
+use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
 use crate::support::world::{PASSWORD, USERNAME, World};
 
@@ -229,4 +230,36 @@ async fn a_change_is_answered_before_it_is_announced_and_announced_once_that_can
     world.events.wait_for(is_it, SOON).await;
     worker.stop().await;
     world.end().await;
+}
+
+#[tokio::test]
+async fn a_command_whose_acknowledgement_never_reached_the_broker_is_carried_out_once() {
+    let test = TestBroker::new("acks", &[]).await;
+    test.declare().await;
+    let (proxy, url) = Proxy::before(&amqp_url()).await;
+    // Without heartbeats nothing but the acknowledgement is on its way to the broker.
+    let url = format!("{url}{}heartbeat=0", if url.contains('?') { '&' } else { '?' });
+    let access = Access::new(AmqpUrl::parse(&url).expect("an AMQP URL"));
+    let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
+    let begun = Arc::new(Mutex::new(Vec::new()));
+    let log = begun.clone();
+    broker.serve_commands(move |body, _| {
+        log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
+        std::future::ready(Vec::new())
+    });
+    let queue = test.name("control");
+    let seen = |body: &str| begun.lock().expect("no panic holds it").iter().filter(|b| *b == body).count();
+    test.wait_consumers(&queue, 1).await;
+    proxy.hold_back();
+    test.publish("", &queue, b"once", BasicProperties::default()).await;
+    eventually("the acknowledgement is held back", async || proxy.held() > 0).await;
+    proxy.cut();
+    test.wait_consumers(&queue, 0).await;
+    proxy.forward();
+    test.wait_consumers(&queue, 1).await;
+    test.publish("", &queue, b"behind", BasicProperties::default()).await;
+    eventually("the one behind it is carried out", async || seen("behind") == 1).await;
+    assert_eq!(seen("once"), 1);
+    broker.close().await;
+    test.clean_up().await;
 }

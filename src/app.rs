@@ -357,19 +357,17 @@ impl Running {
             self.clock.clone(),
             rules,
         );
-        broker.serve_commands({
+        let announcer = control.announcer(broker.publisher(), self.shutdown.clone());
+        broker.serve_commands(self.clock.clone(), move |body, meta| {
             let control = control.clone();
-            move |body, meta| {
-                let control = control.clone();
-                async move {
-                    let meta = control::CommandMeta { user_id: meta.user_id };
-                    let response = control.handle(&body, meta).await;
-                    telemetry::control_command(response.command(), response.code());
-                    response.to_json()
-                }
+            async move {
+                let meta = control::CommandMeta { user_id: meta.user_id, waited: meta.waited };
+                let response = control.handle(&body, meta).await;
+                telemetry::control_command(response.command(), response.code());
+                response.to_json()
             }
         });
-        control.announcer(broker.publisher(), self.shutdown.clone())
+        announcer
     }
 }
 

@@ -81,6 +81,8 @@ impl Default for ControlRules {
 pub struct CommandMeta {
     /// The AMQP property, which the broker has verified.
     pub user_id: Option<String>,
+    /// How long it has waited in the worker: its reply is due so much earlier.
+    pub waited: Duration,
 }
 
 /// Carries out commands. Cheap to clone.
@@ -110,7 +112,7 @@ struct Call<'a> {
     user_id: Option<&'a str>,
     /// Names of the parameters that were given, as far as they are known.
     given: Vec<&'static str>,
-    /// When it was taken up.
+    /// When it came to the worker.
     began: Instant,
     /// When a change has to be over.
     by: Instant,
@@ -141,7 +143,8 @@ impl Control {
         let command = request.command.map_or("unknown", Command::as_str);
         let given =
             request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
-        let began = Instant::now();
+        let now = Instant::now();
+        let began = now.checked_sub(meta.waited).unwrap_or(now);
         let call = Call {
             request: &request,
             user_id: meta.user_id.as_deref(),
@@ -150,7 +153,8 @@ impl Control {
             by: began + CHANGE_LIMIT,
         };
         let limit = reply_limit(request.command);
-        let work = AssertUnwindSafe(tokio::time::timeout(limit, self.answer(&call))).catch_unwind();
+        let work =
+            AssertUnwindSafe(tokio::time::timeout_at(began + limit, self.answer(&call))).catch_unwind();
         let outcome = match work.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_elapsed)) => {

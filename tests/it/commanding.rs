@@ -9,6 +9,7 @@ use lapin::BasicProperties;
 use lapin::options::{QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
+use sendoff::clock::Clock;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -17,6 +18,8 @@ use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
 use crate::support::world::{PASSWORD, USERNAME, World};
 
+/// For longer than this no command waits in a worker.
+const WAIT_MAX: Duration = Duration::from_secs(5);
 /// As many as a worker carries out at once.
 const SLOTS: usize = 64;
 
@@ -134,7 +137,7 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     let broker = Broker::start(test.settings(), Arc::new(|_: &str| {}));
     let (begun, gate) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(0)));
     let (log, wait) = (begun.clone(), gate.clone());
-    broker.serve_commands(move |body, _| {
+    broker.serve_commands(Clock::system(), move |body, _| {
         log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
         let wait = wait.clone();
         async move {
@@ -151,18 +154,26 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
         publish("busy", BasicProperties::default()).await;
     }
     eventually("every slot is taken", async || seen("busy") == SLOTS).await;
-    let brief = Duration::from_secs(3);
-    let expiring = BasicProperties::default().with_expiration(brief.as_millis().to_string().into());
+    let expiring = BasicProperties::default().with_expiration("2000".into());
     publish("late", expiring.clone()).await;
-    publish("patient", BasicProperties::default()).await;
+    publish("late without saying so", BasicProperties::default()).await;
     test.wait_count(&queue, 0).await;
     let came = Instant::now();
-    eventually("its time is over", async || came.elapsed() > brief).await;
+    eventually("their time is over", async || came.elapsed() > WAIT_MAX).await;
+    publish("patient", BasicProperties::default()).await;
     gate.add_permits(2 * SLOTS);
-    eventually("the one behind it is carried out", async || seen("patient") == 1).await;
-    assert_eq!(seen("late"), 0);
-    publish("timely", expiring).await;
+    eventually("the one behind them is carried out", async || seen("patient") == 1).await;
+    assert_eq!((seen("late"), seen("late without saying so")), (0, 0));
+
+    // Its time counts from when it was sent, where it says so.
+    let sent = |seconds_ago: u64| {
+        let now = u64::try_from(Clock::system().now().unix_timestamp()).expect("after 1970");
+        BasicProperties::default().with_expiration("15000".into()).with_timestamp(now - seconds_ago)
+    };
+    publish("long on its way", sent(30)).await;
+    publish("timely", sent(0)).await;
     eventually("one in time is carried out", async || seen("timely") == 1).await;
+    assert_eq!(seen("long on its way"), 0);
     broker.close().await;
     test.clean_up().await;
 }
@@ -243,7 +254,7 @@ async fn a_command_whose_acknowledgement_never_reached_the_broker_is_carried_out
     let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
     let begun = Arc::new(Mutex::new(Vec::new()));
     let log = begun.clone();
-    broker.serve_commands(move |body, _| {
+    broker.serve_commands(Clock::system(), move |body, _| {
         log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
         std::future::ready(Vec::new())
     });

@@ -586,14 +586,14 @@ async fn only_the_allowed_users_may_command() {
     let world = World::with_rules(rules).await;
     let command = json!({"command": "smtp_config.create", "organization_id": "acme", "params": settings()});
     for user_id in [None, Some("guest"), Some(""), Some("booking2")] {
-        let meta = CommandMeta { user_id: user_id.map(str::to_owned) };
+        let meta = CommandMeta { user_id: user_id.map(str::to_owned), ..CommandMeta::default() };
         let response = world.control.handle(command.to_string().as_bytes(), meta).await;
         assert_eq!(response.code(), "not_allowed");
     }
     assert_eq!(world.count("SELECT count(*) FROM smtp_configs").await, 0);
     let refused = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND organization_id = 'acme'";
     assert_eq!(world.count(refused).await, 4);
-    let meta = CommandMeta { user_id: Some("booking".into()) };
+    let meta = CommandMeta { user_id: Some("booking".into()), ..CommandMeta::default() };
     let response = world.control.handle(command.to_string().as_bytes(), meta).await;
     assert_eq!(response.code(), "ok");
     assert_eq!(

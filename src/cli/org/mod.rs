@@ -15,6 +15,7 @@ use super::exit::Done;
 use super::output::harmless;
 use super::user;
 use crate::broker;
+use crate::clock::Clock;
 use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
@@ -78,7 +79,7 @@ async fn call(
         "command": command, "organization_id": org, "actor": actor(), "params": params,
     });
     let request = serde_json::to_vec(&request)?;
-    let reply = broker::call(&access, &settings.amqp.prefix, &request, within).await?;
+    let reply = broker::call(&access, &settings.amqp.prefix, &request, Clock::system().now(), within).await?;
     let mut reply: Value = serde_json::from_slice(&reply).context("the worker's reply is not JSON")?;
     if reply["ok"] == true {
         return Ok(reply["result"].take());

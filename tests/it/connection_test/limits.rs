@@ -97,14 +97,14 @@ async fn every_command_needs_an_allowed_user_and_its_refusal_is_audited() {
         for user in [None, Some("guest"), Some("")] {
             let body =
                 json!({"command": command, "organization_id": "acme", "params": settings(25)}).to_string();
-            let meta = CommandMeta { user_id: user.map(str::to_owned) };
+            let meta = CommandMeta { user_id: user.map(str::to_owned), ..CommandMeta::default() };
             let response = control.handle(body.as_bytes(), meta).await;
             assert_eq!(response.code(), "not_allowed", "{command} {user:?}");
         }
         let audited = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND command = ";
         assert_eq!(house.database.number(format!("{audited}'{command}'")).await, 3, "{command}");
     }
-    let booking = CommandMeta { user_id: Some("booking".into()) };
+    let booking = CommandMeta { user_id: Some("booking".into()), ..CommandMeta::default() };
     let body = json!({"command": "smtp_config.test", "organization_id": "acme"}).to_string();
     assert_eq!(control.handle(body.as_bytes(), booking).await.code(), "not_found");
 }

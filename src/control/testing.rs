@@ -55,11 +55,7 @@ impl Control {
 
     /// Lets one more test begin, and counts it, unless too many are under way here or were made by the organization.
     pub(super) async fn admit(&self, call: &Call<'_>) -> Result<OwnedSemaphorePermit, ControlError> {
-        let Ok(slot) = self.slow.clone().try_acquire_owned() else {
-            let error = ControlError::too_many_tests();
-            self.audit(call, error.code.as_str()).await;
-            return Err(error);
-        };
+        let slot = self.slow.clone().try_acquire_owned().map_err(|_| ControlError::too_many_tests())?;
         let per_minute = self.rules.tests_per_minute;
         match self.store.permit_test(call.organization()?, per_minute).await? {
             TestPermit::Granted => Ok(slot),

@@ -45,11 +45,18 @@ pub(super) async fn run(command: &OrgCommand, settings: &Settings) -> anyhow::Re
 
 /// A command that the worker answered with an error.
 #[derive(Debug, thiserror::Error)]
-struct Refused {
+pub(super) struct Refused {
     code: String,
     message: String,
     field: Option<String>,
     hint: Option<String>,
+}
+
+impl Refused {
+    /// Whether the worker could not reach what it needs; what is asked for too often has another code.
+    pub(super) fn is_unavailable(&self) -> bool {
+        self.code == "unavailable"
+    }
 }
 
 impl fmt::Display for Refused {

@@ -196,8 +196,9 @@ impl ControlError {
     }
 
     /// Other commands got in between, again and again.
-    pub(super) fn busy() -> Self {
-        Self::new(Code::Conflict, "The configuration is being changed by several commands at once")
+    pub(super) fn busy(current: i64) -> Self {
+        let told = "The configuration is being changed by several commands at once: its current version is";
+        Self::new(Code::Conflict, format!("{told} {current}"))
             .hint("Read the configuration again, then send the update once more.")
     }
 

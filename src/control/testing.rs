@@ -30,11 +30,13 @@ impl Control {
         organization: &OrganizationId,
         allow: impl Fn(&SmtpConfig) -> Result<(), ControlError>,
     ) -> Result<Stored, ControlError> {
+        let mut seen = 0;
         for _ in 0..ROUNDS {
             let settings = self.configs.get(organization).await?;
             self.check_enabled(&settings)?;
             let config = settings.config.ok_or_else(ControlError::config_not_found)?;
             allow(&config)?;
+            seen = config.version;
             match self.configs.load_for_sending(organization).await?.account {
                 StoredAccount::Ready { version, account } if version == config.version => {
                     return Ok(Stored { config, account });
@@ -50,7 +52,7 @@ impl Control {
                 _ => {}
             }
         }
-        Err(ControlError::busy())
+        Err(ControlError::busy(seen))
     }
 
     /// Lets one more test begin, and counts it, unless too many are under way here or were made by the organization.

@@ -507,6 +507,24 @@ async fn of_two_updates_of_one_version_at_once_one_is_a_conflict() {
 }
 
 #[tokio::test]
+async fn an_update_that_others_forestall_again_and_again_is_a_conflict_that_names_the_current_version() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    // Under each update's lock another host is found than the one that was looked up before.
+    let forestall = "CREATE FUNCTION forestall() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN UPDATE smtp_configs SET host = 'other.example.org', version = version + 6; RETURN NEW; END $$";
+    world.sql(forestall).await;
+    let trigger =
+        "CREATE TRIGGER forestall BEFORE INSERT ON organizations FOR EACH ROW EXECUTE FUNCTION forestall()";
+    world.sql(trigger).await;
+    let reply =
+        world.ask("smtp_config.update", "acme", json!({"host": "mail.example.org", "password": "p"})).await;
+    assert_eq!(reply["error"]["code"], "conflict", "{reply}");
+    assert!(text(&reply["error"]["message"]).ends_with("its current version is 7"), "{reply}");
+    assert_eq!(reply["error"]["field"], Value::Null, "no version was asked for");
+}
+
+#[tokio::test]
 async fn the_stored_password_goes_to_no_other_server() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;

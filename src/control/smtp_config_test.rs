@@ -8,7 +8,7 @@ use secrecy::SecretString;
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
-use super::error::ControlError;
+use super::error::{Code, ControlError};
 use super::examined::TestReport;
 use super::smtp_config_create::complete;
 use super::smtp_config_update::{password_rule, patch};
@@ -20,7 +20,7 @@ use crate::model::address::{EmailAddress, Mailbox};
 use crate::model::organization::OrganizationId;
 use crate::model::sender_records::{self, Findings, MailRecords};
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
-use crate::store::{LastTest, NewSmtpConfig, SmtpConfig, SmtpConfigPatch};
+use crate::store::{NewSmtpConfig, SmtpConfig, SmtpConfigPatch};
 
 pub(super) const PARAMS: &[&str] = smtp_params::NAMES;
 
@@ -112,9 +112,8 @@ impl Control {
         if report.ok {
             self.has_worked(organization, version, NOTE_LIMIT).await;
         }
-        let code = report.code().map(|code| code.as_str().to_owned());
-        let test = LastTest { at: self.clock.now(), ok: report.ok, code };
-        if let Err(error) = self.configs.record_test(organization, version, &test, NOTE_LIMIT).await {
+        let code = report.code().map(Code::as_str);
+        if let Err(error) = self.configs.record_test(organization, version, code, NOTE_LIMIT).await {
             tracing::warn!(%error, "the result of a connection test could not be kept");
         }
     }

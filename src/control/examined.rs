@@ -284,6 +284,7 @@ mod tests {
             tls: passed(Phase::Tls).then(tls),
             mechanism: passed(Phase::Auth).then_some("PLAIN"),
             failure: fault.map(|fault| Failure::new(last, fault)),
+            overdue: false,
         }
     }
 

@@ -8,6 +8,7 @@ mod stored;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sendoff::clock::Clock;
 use sendoff::control::{CommandMeta, Control, ControlRules};
@@ -128,9 +129,21 @@ fn control(
 }
 
 async fn ask(control: &Control, command: &str, organization: &str, params: Value) -> Value {
+    ask_late(control, Duration::ZERO, command, organization, params).await
+}
+
+/// The same by a command that has waited in the worker.
+async fn ask_late(
+    control: &Control,
+    waited: Duration,
+    command: &str,
+    organization: &str,
+    params: Value,
+) -> Value {
     let command =
         json!({"command": command, "organization_id": organization, "actor": "user:7", "params": params});
-    let response = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
+    let meta = CommandMeta { waited, ..CommandMeta::default() };
+    let response = control.handle(command.to_string().as_bytes(), meta).await;
     let reply = String::from_utf8(response.to_json()).expect("UTF-8");
     for secret in [USERNAME, PASSWORD] {
         assert!(!reply.contains(secret), "{reply}");

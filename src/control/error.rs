@@ -190,6 +190,12 @@ impl ControlError {
             .hint("Try again in a moment.")
     }
 
+    /// Most of a test's time has gone by before it began.
+    pub(super) fn too_late_to_test() -> Self {
+        Self::new(Code::Unavailable, "The database answers too slowly now; the test was not begun")
+            .hint("Try again in a moment.")
+    }
+
     pub(super) fn internal() -> Self {
         Self::new(Code::Internal, "Sendoff could not carry out the command; its log tells why")
             .hint(advice::of_reason(Reason::Internal))

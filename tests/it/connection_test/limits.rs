@@ -1,11 +1,13 @@
 //! How often, how many at once, and by whom.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use sendoff::control::{CommandMeta, ControlRules};
 use sendoff::egress::AllowedPorts;
 use serde_json::{Value, json};
 
-use super::{House, NOW, ask, settings};
+use super::{House, NOW, ask, ask_late, settings};
 use crate::support::broker::SOON;
 use crate::support::smtp_server::{Action, Rule, Stage};
 
@@ -119,4 +121,18 @@ async fn a_test_is_audited_with_the_names_of_its_fields() {
     assert_eq!(house.database.number(audited).await, 1);
     let row = "SELECT count(*) FROM audit AS a WHERE a::text LIKE '%mail.acme.example%'";
     assert_eq!(house.database.number(row).await, 0);
+}
+
+#[tokio::test]
+async fn a_test_for_which_too_little_time_is_left_is_not_begun_and_says_nothing_of_the_server() {
+    let house = House::new().await;
+    let server = house.server(|_| {}).await;
+    house.store(&server).await;
+    let late = Duration::from_secs(12);
+    for params in [json!({}), settings(server.port())] {
+        let reply = ask_late(&house.control, late, "smtp_config.test", "acme", params).await;
+        assert_eq!(reply["error"]["code"], "unavailable", "{reply}");
+    }
+    assert_eq!(server.connections(), 0);
+    assert_eq!(house.config().await["last_test"], Value::Null);
 }

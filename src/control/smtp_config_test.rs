@@ -25,7 +25,7 @@ use crate::store::{NewSmtpConfig, SmtpConfig, SmtpConfigPatch};
 pub(super) const PARAMS: &[&str] = smtp_params::NAMES;
 
 /// From the command's arrival to the end of the test, whatever the server does: the reply comes within 20 s.
-const TEST_LIMIT: Duration = Duration::from_secs(17);
+pub(super) const TEST_LIMIT: Duration = Duration::from_secs(17);
 /// With less of it left a test would say of the server what is the fault of our own database.
 const TEST_LEAST: Duration = Duration::from_secs(8);
 /// For what is noted of a result.

@@ -243,6 +243,27 @@ async fn a_configuration_is_created_shown_changed_and_deleted() {
 }
 
 #[tokio::test]
+async fn a_change_to_be_announced_is_one_workers_until_its_time_is_over_and_goes_with_no_refused_change() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    world.error("smtp_config.create", "acme", settings()).await;
+    world.error("smtp_config.update", "acme", json!({"port": 25, "if_version": 9})).await;
+    let take = async || world.store.take_config_events(10, DEADLINE).await.unwrap();
+    let (one, other) = tokio::join!(take(), take());
+    assert_eq!(one.len() + other.len(), 1, "{one:?} {other:?}");
+    assert_eq!(take().await.len(), 0, "somebody has it");
+    world.sql("UPDATE config_events SET due_at = now()").await;
+    let again = take().await;
+    assert_eq!(again.len(), 1, "whoever had it has not published it");
+    world
+        .sql("INSERT INTO config_events (type, organization_id) VALUES ('smtp_config.of_tomorrow', 'acme')")
+        .await;
+    world.store.forget_config_events(&again).await.unwrap();
+    assert_eq!(take().await.len(), 0, "a newer program's is left to it");
+    assert_eq!(world.count("SELECT count(*) FROM config_events").await, 1);
+}
+
+#[tokio::test]
 async fn what_was_entered_is_what_a_send_gets() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;

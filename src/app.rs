@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::broker::Broker;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
-use crate::control::{self, Control, ControlRules};
+use crate::control::{self, Announcer, Control, ControlRules};
 use crate::dead_letters::{self, Archivist, Releaser};
 use crate::delivery::blame::Blames;
 use crate::delivery::database::DatabaseWatch;
@@ -250,7 +250,7 @@ impl Running {
         let archiving = tokio::spawn(archivist.run(broker.dead_letters(dead_letters::PREFETCH)));
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
-        self.serve_commands(settings, &broker);
+        tasks.spawn(self.serve_commands(settings, &broker).run());
         tasks.spawn(Prober { worker: worker.clone(), connector: self.connector.clone() }.run());
         tasks.spawn(self.releaser(settings, &broker).run());
         let lanes = serve_lanes(settings, &worker, &broker)?;
@@ -343,7 +343,8 @@ impl Running {
         }
     }
 
-    fn serve_commands(&self, settings: &Settings, broker: &Broker) {
+    /// Starts to take commands; what they change is announced by what is returned.
+    fn serve_commands(&self, settings: &Settings, broker: &Broker) -> Announcer {
         let rules = ControlRules {
             custom_smtp_for_all: for_all(settings),
             allowed_users: settings.control.allowed_users.clone(),
@@ -356,21 +357,17 @@ impl Running {
             self.clock.clone(),
             rules,
         );
-        let publisher = broker.publisher();
-        broker.serve_commands(move |body, meta| {
-            let (control, publisher) = (control.clone(), publisher.clone());
+        let announcer = control.announcer(broker.publisher(), self.shutdown.clone());
+        broker.serve_commands(self.clock.clone(), move |body, meta| {
+            let control = control.clone();
             async move {
-                let meta = control::CommandMeta { user_id: meta.user_id };
-                let (response, events) = control.handle(&body, meta).await;
+                let meta = control::CommandMeta { user_id: meta.user_id, waited: meta.waited };
+                let response = control.handle(&body, meta).await;
                 telemetry::control_command(response.command(), response.code());
-                for event in events {
-                    if let Err(error) = publisher.event(&event).await {
-                        tracing::warn!(event = event.what.routing_key(), %error, "an event could not be published");
-                    }
-                }
                 response.to_json()
             }
         });
+        announcer
     }
 }
 

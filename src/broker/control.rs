@@ -1,24 +1,25 @@
 //! Commands in, replies out.
-//! Guarantee: a command is carried out at most once: it is acknowledged before its handler starts. One that expired while it
-//! waited here is not carried out at all. A reply never goes to one of our own queues.
+//! Guarantee: a command is carried out at most once: before its handler starts, the broker has read that it is acknowledged.
+//! One that has expired meanwhile is not carried out at all. A reply never goes to one of our own queues.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::Consumer;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicQosOptions};
 use lapin::types::ShortString;
+use lapin::{Channel, Consumer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
+use super::expiry::{Expired, expired};
 use super::jobs::{self, Consuming, Intent};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::publisher::Publisher;
-use super::topology::COMMAND_TTL_MS;
+use crate::clock::Clock;
 
 /// Commands handled at once, and so many more may wait here. A test email can take a minute; the handler takes on fewer of
 /// those than this, so that the quick ones do not wait for it.
@@ -34,6 +35,8 @@ const BROKEN: &[u8] =
 pub struct CommandMeta {
     /// The AMQP user that sent it, which the broker has verified; `None` when the sender did not state it.
     pub user_id: Option<String>,
+    /// How long it has waited in this worker.
+    pub waited: Duration,
 }
 
 /// Commands that have come and wait for a slot, unacknowledged: no more than the prefetch.
@@ -46,6 +49,7 @@ pub(super) struct Server<H> {
     pub intent: watch::Receiver<Intent>,
     pub consuming: Arc<Consuming>,
     pub publisher: Publisher,
+    pub clock: Clock,
     pub handler: Arc<H>,
 }
 
@@ -84,7 +88,7 @@ where
                             next = live.while_up(waiting.next(&slots, &mut consumer)) => next.flatten(),
                         };
                         let Some((slot, came, command)) = next else { break };
-                        self.accept(&live, slot, came, command).await;
+                        self.accept(&live, &channel, slot, came, command).await;
                     }
                 }
                 Err(error) if live.is_up() => {
@@ -102,22 +106,38 @@ where
         }
     }
 
-    async fn accept(&self, live: &Live, slot: OwnedSemaphorePermit, came: Instant, command: Delivery) {
-        let expired = came.elapsed() > time_to_live(&command);
-        let acknowledged = live.while_up(command.acker.ack(BasicAckOptions::default())).await;
-        if !matches!(acknowledged, Some(Ok(true))) {
-            // Not acknowledged, so it comes again: carrying it out now would be once too often.
+    async fn accept(
+        &self,
+        live: &Live,
+        channel: &Channel,
+        slot: OwnedSemaphorePermit,
+        came: Instant,
+        command: Delivery,
+    ) {
+        if live.while_up(acknowledge(channel, &command)).await != Some(true) {
+            // It may come again: carrying it out now could be once too often.
             return;
         }
-        if expired {
-            tracing::warn!(waited = ?came.elapsed(), "a command expired in this worker and is not carried out");
-            return;
+        let waited = came.elapsed();
+        match expired(&command.properties, waited, self.clock.now()) {
+            None => {}
+            Some(Expired::Here) => {
+                tracing::warn!(?waited, "a command expired in this worker and is not carried out");
+                return;
+            }
+            Some(Expired::Aged(age)) => {
+                tracing::warn!(
+                    ?age,
+                    "a command has expired, by its timestamp, and is not carried out; do its sender's clock and this one agree?"
+                );
+                return;
+            }
         }
         let (names, publisher, handler) = (self.names.clone(), self.publisher.clone(), self.handler.clone());
         tokio::spawn(async move {
             let _slot = slot;
             let text = |text: &Option<ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
-            let meta = CommandMeta { user_id: text(command.properties.user_id()) };
+            let meta = CommandMeta { user_id: text(command.properties.user_id()), waited };
             let reply_to = text(command.properties.reply_to());
             let correlation_id = text(command.properties.correlation_id());
             let handling = tokio::spawn(handler(command.data, meta));
@@ -150,11 +170,12 @@ impl Waiting {
     }
 }
 
-/// How long a command may wait here: as long as in the queue, or as its sender says (milliseconds, as text).
-fn time_to_live(command: &Delivery) -> Duration {
-    let longest = COMMAND_TTL_MS.unsigned_abs();
-    let given = command.properties.expiration().as_ref().and_then(|text| text.as_str().parse().ok());
-    Duration::from_millis(given.map_or(longest, |ms: u64| ms.min(longest)))
+/// Whether the broker has read that a command is acknowledged. The library is done with an acknowledgement when the frame is
+/// written, and a connection that breaks then brings the command again. RabbitMQ works off a channel's methods in order, so an
+/// answer to anything behind it will do; the prefetch stays what it is.
+async fn acknowledge(channel: &Channel, command: &Delivery) -> bool {
+    matches!(command.acker.ack(BasicAckOptions::default()).await, Ok(true))
+        && channel.basic_qos(CONCURRENCY, BasicQosOptions::default()).await.is_ok()
 }
 
 /// Whether a reply may go to a queue: not to ours, where it would be taken for a job or a command, and under the broker's

@@ -4,6 +4,7 @@
 mod check;
 mod connection;
 mod control;
+mod expiry;
 mod headers;
 mod jobs;
 mod link;

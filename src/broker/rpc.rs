@@ -47,7 +47,7 @@ pub enum RpcError {
 }
 
 /// Sends a command, the JSON of contract section 4, and returns the reply's JSON. The command is transient, and
-/// expires with the wait.
+/// expires with the wait, counted from `now`.
 ///
 /// # Errors
 /// [`RpcError`]; after a `Timeout` the command may have been carried out all the same.
@@ -55,11 +55,12 @@ pub async fn call(
     access: &Access,
     prefix: &str,
     command: &[u8],
+    now: OffsetDateTime,
     timeout: Duration,
 ) -> Result<Vec<u8>, RpcError> {
     let connection = connection::open(access, "command").await?;
     let queue = Names::new(prefix).control();
-    let calling = call_on(&connection, access, &queue, command, timeout);
+    let calling = call_on(&connection, access, &queue, (command, now), timeout);
     let reply = connection::within(timeout + SLACK, calling).await;
     connection::close(&connection).await;
     reply
@@ -69,7 +70,7 @@ async fn call_on(
     connection: &Connection,
     access: &Access,
     queue: &str,
-    command: &[u8],
+    (command, now): (&[u8], OffsetDateTime),
     timeout: Duration,
 ) -> Result<Vec<u8>, RpcError> {
     let deadline = Instant::now() + timeout;
@@ -84,6 +85,7 @@ async fn call_on(
         .with_delivery_mode(TRANSIENT)
         .with_reply_to(DIRECT_REPLY_TO.into())
         .with_correlation_id("1".into())
+        .with_timestamp(u64::try_from(now.unix_timestamp()).unwrap_or(0))
         .with_expiration(timeout.as_millis().to_string().into());
     // Stated, so that the broker vouches for it to workers with `control.allowed_users`.
     if let Some(user) = access.url().user().and_then(topology::short) {

@@ -15,6 +15,7 @@ use super::link::{BrokerState, Link, LinkReceiver, Live, Role};
 use super::names::Names;
 use super::publisher::Publisher;
 use super::topology::Topology;
+use crate::clock::Clock;
 use crate::model::lanes::Lane;
 
 /// For consumers to stop when told, each handing back what it had prefetched.
@@ -116,7 +117,7 @@ impl Broker {
 
     /// Starts to serve commands: `handler` takes a command's body and answers with the reply's. Commands go on while lanes
     /// are paused, so that their senders learn what is the matter.
-    pub fn serve_commands<H, F>(&self, handler: H)
+    pub fn serve_commands<H, F>(&self, clock: Clock, handler: H)
     where
         H: Fn(Vec<u8>, CommandMeta) -> F + Send + Sync + 'static,
         F: Future<Output = Vec<u8>> + Send + 'static,
@@ -127,6 +128,7 @@ impl Broker {
             intent: self.intent.subscribe(),
             consuming: self.consuming.clone(),
             publisher: self.publisher.clone(),
+            clock,
             handler: Arc::new(handler),
         };
         tokio::spawn(server.run());

@@ -1,9 +1,11 @@
 //! How a command ended, as an exit code (contract section 7).
-//! Guarantee: whether a dependency is away is told from the error's type, never from its words.
+//! Guarantee: whether a dependency is away is told from the error's type, or a worker's code, never
+//! from words.
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
+use super::org::Refused;
 use crate::broker::{BrokerError, PublishError, RpcError};
 use crate::store::StoreError;
 
@@ -68,7 +70,8 @@ fn is_away(error: &anyhow::Error) -> bool {
         );
         let store =
             cause.downcast_ref::<StoreError>().is_some_and(|e| matches!(e, StoreError::Unavailable(_)));
-        broker || publishing || store
+        let workers = cause.downcast_ref::<Refused>().is_some_and(Refused::is_unavailable);
+        broker || publishing || store || workers
     })
 }
 

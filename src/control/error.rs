@@ -65,9 +65,9 @@ codes! {
     AuthFailed = "auth_failed",
     /// The server refused something else.
     Rejected = "rejected",
-    /// More tests than `control.tests_per_minute`.
+    /// More tests than `control.tests_per_minute`, or than a worker takes on at once.
     RateLimited = "rate_limited",
-    /// The database is away, or the worker busy; nothing was changed.
+    /// The database is away; nothing was changed.
     Unavailable = "unavailable",
     /// A fault of Sendoff itself.
     Internal = "internal",
@@ -181,12 +181,18 @@ impl ControlError {
 
     /// As many tests are under way as this worker takes on at once.
     pub(super) fn too_many_tests() -> Self {
-        Self::new(Code::Unavailable, "Too many tests are under way; this one was not begun")
+        Self::new(Code::RateLimited, "Too many tests are under way; this one was not begun")
             .hint("Try again in a minute.")
     }
 
     pub(super) fn unavailable() -> Self {
         Self::new(Code::Unavailable, "The database cannot be reached now; nothing was changed")
+            .hint("Try again in a moment.")
+    }
+
+    /// Most of a test's time has gone by before it began.
+    pub(super) fn too_late_to_test() -> Self {
+        Self::new(Code::Unavailable, "The database answers too slowly now; the test was not begun")
             .hint("Try again in a moment.")
     }
 
@@ -196,8 +202,9 @@ impl ControlError {
     }
 
     /// Other commands got in between, again and again.
-    pub(super) fn busy() -> Self {
-        Self::new(Code::Conflict, "The configuration is being changed by several commands at once")
+    pub(super) fn busy(current: i64) -> Self {
+        let told = "The configuration is being changed by several commands at once: its current version is";
+        Self::new(Code::Conflict, format!("{told} {current}"))
             .hint("Read the configuration again, then send the update once more.")
     }
 

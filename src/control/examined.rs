@@ -8,6 +8,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use super::error::{Code, ControlError};
+use super::smtp_config_test::TEST_LIMIT;
 use super::smtp_trouble;
 use crate::model::failure::{Failure, Fault, Phase};
 use crate::model::sender_records::Findings;
@@ -71,7 +72,13 @@ impl TestReport {
         allowed_ports: &str,
         now: OffsetDateTime,
     ) -> Self {
-        let error = seen.failure.as_ref().map(|failure| smtp_trouble::error(failure, account, allowed_ports));
+        let error = seen.failure.as_ref().map(|failure| {
+            let mut error = smtp_trouble::error(failure, account, allowed_ports);
+            if let (Some(hint), true) = (&mut error.hint, seen.overdue && failure.phase != Phase::Resolve) {
+                hint.push_str(&slowness_hint());
+            }
+            error
+        });
         let expiry = seen.tls.as_ref().and_then(|tls| expiry_warning(tls, now));
         Self {
             ok: error.is_none(),
@@ -97,6 +104,12 @@ impl TestReport {
     pub(super) fn code(&self) -> Option<Code> {
         self.error.as_ref().map(|error| error.code)
     }
+}
+
+/// For a server that may only be slow.
+fn slowness_hint() -> String {
+    let limit = TEST_LIMIT.as_secs();
+    format!(" A test gives a server at most {limit} s; a test email gives it more, should it only be slow.")
 }
 
 impl Examined<'_> {
@@ -284,6 +297,7 @@ mod tests {
             tls: passed(Phase::Tls).then(tls),
             mechanism: passed(Phase::Auth).then_some("PLAIN"),
             failure: fault.map(|fault| Failure::new(last, fault)),
+            overdue: false,
         }
     }
 

@@ -19,6 +19,6 @@ impl Control {
             return Err(ControlError::invalid_field("feature", format!("must be `{CUSTOM_SMTP}`")));
         }
         self.store.set_custom_smtp(call.organization()?, enabled, call.audit("ok"), call.by).await?;
-        Ok(Done::changed(json!({ "enabled": enabled }), Vec::new()))
+        Ok(Done::changed(json!({ "enabled": enabled })))
     }
 }

@@ -32,7 +32,7 @@ impl Control {
             }
         };
         let result = json!({ "cancelled": done.cancelled, "too_late": done.too_late });
-        Ok(Done::changed(result, Vec::new()))
+        Ok(Done::changed(result))
     }
 }
 

@@ -1,7 +1,8 @@
-//! The control commands (contract section 4): bytes in, a reply and events out. Knows nothing of the broker.
+//! The control commands (contract section 4): bytes in, a reply out, and what was changed announced.
 //! Guarantee: every command is answered, in time and with one of the contract's codes, and leaves a row in the audit
 //! log; neither a reply, nor an event, nor that row holds a credential.
 
+mod announcing;
 mod error;
 mod examined;
 mod feature_set;
@@ -26,17 +27,19 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
+pub use announcing::Announcer;
 pub use error::{Code, ControlError, Response};
 pub use job_status::{letter_view as letter_status_json, view as job_status_json};
 pub use schema::{SCHEMA_ID, command_names, command_schema};
 
+use crate::broker::Publisher;
 use crate::clock::Clock;
 use crate::egress::{ApprovedAddr, Egress, EgressError, ServerHost};
-use crate::model::event::{Event, What};
 use crate::model::organization::OrganizationId;
+use crate::shutdown::Shutdown;
 use crate::smtp::SmtpConnector;
 use crate::store::{AuditEntry, OrganizationSettings, SmtpConfigs, Store};
 use crate::telemetry;
@@ -78,6 +81,8 @@ impl Default for ControlRules {
 pub struct CommandMeta {
     /// The AMQP property, which the broker has verified.
     pub user_id: Option<String>,
+    /// How long it has waited in the worker: its reply is due so much earlier.
+    pub waited: Duration,
 }
 
 /// Carries out commands. Cheap to clone.
@@ -90,14 +95,15 @@ pub struct Control {
     clock: Clock,
     rules: Arc<ControlRules>,
     slow: Arc<Semaphore>,
+    changed: Arc<Notify>,
 }
 
-/// A command that was carried out: its result, and what is to be announced.
+/// A command that was carried out.
 struct Done {
     result: Value,
-    events: Vec<Event>,
-    /// Whether its audit row was written together with the change.
-    audited: bool,
+    /// Whether it has changed something: then its audit row was written together with the change, and so was what is to be
+    /// announced.
+    changed: bool,
 }
 
 /// What every command's file is given.
@@ -106,7 +112,7 @@ struct Call<'a> {
     user_id: Option<&'a str>,
     /// Names of the parameters that were given, as far as they are known.
     given: Vec<&'static str>,
-    /// When it was taken up.
+    /// When it came to the worker.
     began: Instant,
     /// When a change has to be over.
     by: Instant,
@@ -122,17 +128,23 @@ impl Control {
         rules: ControlRules,
     ) -> Self {
         let (egress, slow) = (smtp.egress(), Arc::new(Semaphore::new(SLOW_COMMANDS)));
-        Self { store, configs, egress, smtp, clock, rules: Arc::new(rules), slow }
+        let (rules, changed) = (Arc::new(rules), Arc::default());
+        Self { store, configs, egress, smtp, clock, rules, slow, changed }
     }
 
-    /// Carries out one command and gives the reply, and the events to be published, which tell of what is committed.
-    /// It neither fails nor panics.
-    pub async fn handle(&self, body: &[u8], meta: CommandMeta) -> (Response, Vec<Event>) {
+    /// What announces the changes, these commands' and what other workers leave. One for each worker.
+    pub fn announcer(&self, publisher: Publisher, shutdown: Shutdown) -> Announcer {
+        Announcer { store: self.store.clone(), publisher, changed: self.changed.clone(), shutdown }
+    }
+
+    /// Carries out one command and gives the reply. It neither fails nor panics.
+    pub async fn handle(&self, body: &[u8], meta: CommandMeta) -> Response {
         let request = Request::read(body);
         let command = request.command.map_or("unknown", Command::as_str);
         let given =
             request.command.map(|command| request.params.given(params_of(command))).unwrap_or_default();
-        let began = Instant::now();
+        let now = Instant::now();
+        let began = now.checked_sub(meta.waited).unwrap_or(now);
         let call = Call {
             request: &request,
             user_id: meta.user_id.as_deref(),
@@ -141,7 +153,8 @@ impl Control {
             by: began + CHANGE_LIMIT,
         };
         let limit = reply_limit(request.command);
-        let work = AssertUnwindSafe(tokio::time::timeout(limit, self.answer(&call))).catch_unwind();
+        let work =
+            AssertUnwindSafe(tokio::time::timeout_at(began + limit, self.answer(&call))).catch_unwind();
         let outcome = match work.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_elapsed)) => {
@@ -151,10 +164,10 @@ impl Control {
             // The panic's own message went to the log with its place.
             Err(_panic) => Err(ControlError::internal()),
         };
-        match outcome {
-            Ok(done) => (Response::new(command, Ok(done.result)), done.events),
-            Err(error) => (Response::new(command, Err(error)), Vec::new()),
+        if matches!(outcome, Ok(Done { changed: true, .. })) {
+            self.changed.notify_one();
         }
+        Response::new(command, outcome.map(|done| done.result))
     }
 
     async fn answer(&self, call: &Call<'_>) -> Result<Done, ControlError> {
@@ -164,7 +177,7 @@ impl Control {
             Err(ControlError::not_allowed())
         };
         match &outcome {
-            Ok(Done { audited: true, .. }) => {}
+            Ok(Done { changed: true, .. }) => {}
             Ok(_) => self.audit(call, "ok").await,
             // Where the database is away there is no log to write to.
             Err(error) if error.code == Code::Unavailable => {}
@@ -234,10 +247,6 @@ impl Control {
             ControlError::from(error)
         })
     }
-
-    fn event(&self, organization: &OrganizationId, what: What) -> Vec<Event> {
-        vec![Event::of_organization(self.clock.now(), organization.clone(), what)]
-    }
 }
 
 impl Call<'_> {
@@ -261,12 +270,12 @@ impl Call<'_> {
 impl Done {
     /// Of a command that changed nothing.
     fn read(result: Value) -> Self {
-        Self { result, events: Vec::new(), audited: false }
+        Self { result, changed: false }
     }
 
     /// Of a change, with which its audit row was committed.
-    fn changed(result: Value, events: Vec<Event>) -> Self {
-        Self { result, events, audited: true }
+    fn changed(result: Value) -> Self {
+        Self { result, changed: true }
     }
 }
 

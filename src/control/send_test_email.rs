@@ -68,10 +68,7 @@ impl Control {
         let by = began + SEND_LIMIT;
         let destination = destination(organization, version);
         let connector = self.smtp.apart();
-        let mut session = match timeout_at(by, connector.open(&destination, account)).await {
-            Ok(opened) => opened?,
-            Err(_) => return Err(Failure::new(Phase::Greeting, Fault::Timeout)),
-        };
+        let mut session = connector.open_by(&destination, account, by).await?;
         let final_dot = session.final_dot();
         let envelope = Envelope {
             from: account.envelope_from().clone(),

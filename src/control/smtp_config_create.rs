@@ -7,7 +7,6 @@ use super::smtp_config_get::view;
 use super::smtp_params::{self, SmtpParams};
 use super::{Call, Control, Done};
 use crate::egress::ServerHost;
-use crate::model::event::What;
 use crate::model::smtp_settings::Credentials;
 use crate::store::NewSmtpConfig;
 
@@ -23,8 +22,7 @@ impl Control {
         }
         self.check_server(&host, new.port).await?;
         let config = self.configs.create(organization, &new, call.audit("ok"), call.by).await?;
-        let events = self.event(organization, What::ConfigCreated { version: config.version });
-        Ok(Done::changed(view(organization, &config), events))
+        Ok(Done::changed(view(organization, &config)))
     }
 }
 

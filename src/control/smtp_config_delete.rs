@@ -5,13 +5,12 @@ use serde_json::json;
 
 use super::error::ControlError;
 use super::{Call, Control, Done};
-use crate::model::event::What;
 
 impl Control {
     /// Works with the flag off too: an organization that may no longer use its server may still take its password away.
     pub(super) async fn smtp_config_delete(&self, call: &Call<'_>) -> Result<Done, ControlError> {
         let organization = call.organization()?;
         self.configs.delete(organization, call.audit("ok"), call.by).await?;
-        Ok(Done::changed(json!({}), self.event(organization, What::ConfigDeleted {})))
+        Ok(Done::changed(json!({})))
     }
 }

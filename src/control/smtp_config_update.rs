@@ -7,7 +7,6 @@ use super::smtp_config_get::view;
 use super::smtp_params::SmtpParams;
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
-use crate::model::event::What;
 use crate::model::smtp_settings::TlsMode;
 use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
@@ -20,8 +19,8 @@ const ROUNDS: usize = 3;
 /// Why an update is not laid over the configuration that is found under the lock.
 enum Refusal {
     Rule(ControlError),
-    /// Its host was not looked up, for it was no change when the update began.
-    LookAgain,
+    /// Its host was not looked up, for it was no change when the update began. With the version that is current now.
+    LookAgain(i64),
 }
 
 impl Control {
@@ -37,6 +36,7 @@ impl Control {
         let (host, port) = (params.host.clone(), params.port);
         let patch = patch(params);
         let organization = call.organization()?;
+        let mut seen = 0;
         for _ in 0..ROUNDS {
             let settings = self.configs.get(organization).await?;
             self.check_enabled(&settings)?;
@@ -54,7 +54,7 @@ impl Control {
             let host_checked = new_host.is_some();
             let allow = |locked: &SmtpConfig| {
                 if changes_host(locked, &patch) && !host_checked {
-                    return Err(Refusal::LookAgain);
+                    return Err(Refusal::LookAgain(locked.version));
                 }
                 password_rule(locked, &patch).map_err(Refusal::Rule)
             };
@@ -63,20 +63,17 @@ impl Control {
                 .update(organization, if_version, &patch, allow, call.audit("ok"), call.by)
                 .await
             {
-                Err(ChangeError::Refused(Refusal::LookAgain)) => {}
+                Err(ChangeError::Refused(Refusal::LookAgain(version))) => seen = version,
                 Err(error) => {
                     return Err(ControlError::of_change(error, |refusal| match refusal {
                         Refusal::Rule(error) => error,
-                        Refusal::LookAgain => ControlError::busy(),
+                        Refusal::LookAgain(version) => ControlError::busy(version),
                     }));
                 }
-                Ok(config) => {
-                    let events = self.event(organization, What::ConfigUpdated { version: config.version });
-                    return Ok(Done::changed(view(organization, &config), events));
-                }
+                Ok(config) => return Ok(Done::changed(view(organization, &config))),
             }
         }
-        Err(ControlError::busy())
+        Err(ControlError::busy(seen))
     }
 
     fn check_port(&self, port: u16) -> Result<(), ControlError> {

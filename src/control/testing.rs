@@ -30,11 +30,13 @@ impl Control {
         organization: &OrganizationId,
         allow: impl Fn(&SmtpConfig) -> Result<(), ControlError>,
     ) -> Result<Stored, ControlError> {
+        let mut seen = 0;
         for _ in 0..ROUNDS {
             let settings = self.configs.get(organization).await?;
             self.check_enabled(&settings)?;
             let config = settings.config.ok_or_else(ControlError::config_not_found)?;
             allow(&config)?;
+            seen = config.version;
             match self.configs.load_for_sending(organization).await?.account {
                 StoredAccount::Ready { version, account } if version == config.version => {
                     return Ok(Stored { config, account });
@@ -50,16 +52,12 @@ impl Control {
                 _ => {}
             }
         }
-        Err(ControlError::busy())
+        Err(ControlError::busy(seen))
     }
 
     /// Lets one more test begin, and counts it, unless too many are under way here or were made by the organization.
     pub(super) async fn admit(&self, call: &Call<'_>) -> Result<OwnedSemaphorePermit, ControlError> {
-        let Ok(slot) = self.slow.clone().try_acquire_owned() else {
-            let error = ControlError::too_many_tests();
-            self.audit(call, error.code.as_str()).await;
-            return Err(error);
-        };
+        let slot = self.slow.clone().try_acquire_owned().map_err(|_| ControlError::too_many_tests())?;
         let per_minute = self.rules.tests_per_minute;
         match self.store.permit_test(call.organization()?, per_minute).await? {
             TestPermit::Granted => Ok(slot),

@@ -14,7 +14,7 @@ use lettre::transport::smtp::extension::ClientId;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::conceal::Concealed;
@@ -141,6 +141,8 @@ pub(super) struct Found {
     pub offers: Option<Offers>,
     pub tls: Option<TlsFacts>,
     pub mechanism: Option<&'static str>,
+    /// Whether the time that it had as a whole ran out.
+    pub overdue: bool,
 }
 
 /// A connection before the client library takes over.
@@ -183,8 +185,22 @@ impl SmtpConnector {
     pub async fn open(&self, destination: &Destination, account: &SmtpAccount) -> Result<Session, Failure> {
         let mut opening = Opening::new(self, destination, account)?;
         let outcome = opening.run().await;
-        let (phase, found) = opening.end();
-        outcome.map_err(|fault| Failure { address: found.address, ..Failure::new(phase, fault) })
+        opening.conclude(outcome)
+    }
+
+    /// The same, given up at `by`: that is a timeout of the phase under way, or a failed look-up.
+    ///
+    /// # Errors
+    /// A [`Failure`] with the phase that failed.
+    pub async fn open_by(
+        &self,
+        destination: &Destination,
+        account: &SmtpAccount,
+        by: Instant,
+    ) -> Result<Session, Failure> {
+        let mut opening = Opening::new(self, destination, account)?;
+        let outcome = opening.run_until(by).await;
+        opening.conclude(outcome)
     }
 
     /// The same connector with resumption caches of its own: nothing that is opened with it is remembered for, or made
@@ -245,6 +261,25 @@ impl<'a> Opening<'a> {
             self.found.mechanism = Some(mechanism);
         }
         Ok(session)
+    }
+
+    /// The same, given up at `by`: that is a timeout of the phase under way, or a failed look-up.
+    pub(super) async fn run_until(&mut self, by: Instant) -> Result<Session, Fault> {
+        if let Ok(outcome) = timeout_at(by, self.run()).await {
+            return outcome;
+        }
+        self.found.overdue = true;
+        Err(match self.phase {
+            Phase::Resolve => {
+                Fault::DnsFailed { detail: "the name servers did not answer in time".to_owned() }
+            }
+            _ => Fault::Timeout,
+        })
+    }
+
+    fn conclude(self, outcome: Result<Session, Fault>) -> Result<Session, Failure> {
+        let (phase, found) = self.end();
+        outcome.map_err(|fault| Failure { address: found.address, ..Failure::new(phase, fault) })
     }
 
     /// The phase it ended in, and what it came upon.

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::connect::{Found, Opening, SmtpConnector};
 use super::tls::TlsFacts;
-use crate::model::failure::{Failure, Fault, Phase, Reply};
+use crate::model::failure::{Failure, Phase, Reply};
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 
 /// How far an opening came, and what it found on its way.
@@ -31,6 +31,8 @@ pub struct Examination {
     pub mechanism: Option<&'static str>,
     /// Why it did not come to its end.
     pub failure: Option<Failure>,
+    /// Whether that is the time it had as a whole: the server may only be slow.
+    pub overdue: bool,
 }
 
 impl SmtpConnector {
@@ -49,19 +51,15 @@ impl SmtpConnector {
             Ok(opening) => opening,
             Err(failure) => return Examination::new(Found::default(), Some(failure)),
         };
-        let outcome = timeout_at(by, opening.run()).await;
+        let outcome = opening.run_until(by).await;
         let (phase, found) = opening.end();
         let fault = match outcome {
-            Ok(Ok(session)) => {
+            Ok(session) => {
                 // Whatever comes of it, the connection is closed next.
                 let _ = timeout_at(by, session.quit()).await;
                 None
             }
-            Ok(Err(fault)) => Some(fault),
-            Err(_) if phase == Phase::Resolve => {
-                Some(Fault::DnsFailed { detail: "the name servers did not answer in time".to_owned() })
-            }
-            Err(_) => Some(Fault::Timeout),
+            Err(fault) => Some(fault),
         };
         let address = found.address;
         let failure = fault.map(|fault| Failure { address, ..Failure::new(phase, fault) });
@@ -80,6 +78,7 @@ impl Examination {
             tls: found.tls,
             mechanism: found.mechanism,
             failure,
+            overdue: found.overdue,
         }
     }
 }

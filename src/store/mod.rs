@@ -7,6 +7,7 @@ mod bindings;
 mod change;
 mod config_cache;
 mod config_changes;
+mod config_events;
 mod dead_letters;
 mod features;
 mod incarnation;
@@ -31,6 +32,7 @@ pub use bindings::LaneBinding;
 pub use change::ChangeError;
 pub use config_cache::{CONFIG_CACHE_CAPACITY, ConfigCache};
 pub use config_changes::{ConfigChange, ConfigChanges};
+pub use config_events::ConfigEvent;
 pub use dead_letters::{
     Archived, Burial, Content, DeadLetters, Examined, LetterAge, LetterCount, LettersForgotten, Page,
     ParkedShare, ParkedTaken, PartlySent, Recovery, ReplayCopy, Taken, Taking, Unopened,

@@ -12,6 +12,7 @@ use sendoff::broker::{
     Access, AmqpUrl, Broker, BrokerError, DeadLetter, Delivery, JobHeaders, JobSender, PublishError,
     RpcError, Settled, Standing, call, inspect,
 };
+use sendoff::clock::Clock;
 use sendoff::model::event::{Event, JobFacts, What};
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::Turn;
@@ -536,7 +537,7 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     let broker = start(&test);
     let carried_out = Arc::new(AtomicUsize::new(0));
     let counter = carried_out.clone();
-    broker.serve_commands(move |body, meta| {
+    broker.serve_commands(Clock::system(), move |body, meta| {
         let counter = counter.clone();
         async move {
             counter.fetch_add(1, Ordering::SeqCst);
@@ -548,7 +549,8 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
             .expect("JSON")
         }
     });
-    let ask = async |body: &[u8]| call(&access(), &test.prefix, body, SOON).await.expect("a reply");
+    let now = Clock::system().now();
+    let ask = async |body: &[u8]| call(&access(), &test.prefix, body, now, SOON).await.expect("a reply");
     let reply: serde_json::Value = serde_json::from_slice(&ask(b"ping").await).expect("JSON");
     assert_eq!(reply, serde_json::json!({"ok": true, "result": ["ping", user()]}));
     let broken: serde_json::Value = serde_json::from_slice(&ask(b"panic").await).expect("JSON");
@@ -568,14 +570,15 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
 
     test.wait_consumers(&control, 0).await;
     let (to, prefix) = (access(), test.prefix.clone());
-    let waiting = tokio::spawn(async move { call(&to, &prefix, b"secret", SOON).await });
+    let waiting = tokio::spawn(async move { call(&to, &prefix, b"secret", FIRST_AT, SOON).await });
     let command = test.take(&control).await;
     assert_eq!(command.properties.delivery_mode(), &Some(1), "it is not for the broker's disk");
+    assert_eq!(command.properties.timestamp(), &u64::try_from(FIRST_AT.unix_timestamp()).ok());
     waiting.abort();
     let nobody =
-        call(&access(), &test.prefix, b"ping", Duration::from_millis(300)).await.expect_err("nobody");
+        call(&access(), &test.prefix, b"ping", now, Duration::from_millis(300)).await.expect_err("nobody");
     assert!(matches!(nobody, RpcError::Timeout { consumers: 0, .. }), "{nobody}");
-    let missing = call(&access(), "no-such-prefix", b"ping", SOON).await.expect_err("no queue");
+    let missing = call(&access(), "no-such-prefix", b"ping", now, SOON).await.expect_err("no queue");
     assert!(matches!(missing, RpcError::Broker(BrokerError::Missing { .. })), "{missing}");
     test.clean_up().await;
 }

@@ -6,14 +6,20 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use lapin::BasicProperties;
-use sendoff::broker::Broker;
+use lapin::options::{QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
+use sendoff::clock::Clock;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
-use crate::support::broker::{SOON, TestBroker, eventually};
+use crate::support::broker::{SOON, TestBroker, amqp_url, eventually};
+use crate::support::proxy::Proxy;
 use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
 use crate::support::world::{PASSWORD, USERNAME, World};
 
+/// For longer than this no command waits in a worker.
+const WAIT_MAX: Duration = Duration::from_secs(5);
 /// As many as a worker carries out at once.
 const SLOTS: usize = 64;
 
@@ -131,7 +137,7 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     let broker = Broker::start(test.settings(), Arc::new(|_: &str| {}));
     let (begun, gate) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(0)));
     let (log, wait) = (begun.clone(), gate.clone());
-    broker.serve_commands(move |body, _| {
+    broker.serve_commands(Clock::system(), move |body, _| {
         log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
         let wait = wait.clone();
         async move {
@@ -148,18 +154,123 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
         publish("busy", BasicProperties::default()).await;
     }
     eventually("every slot is taken", async || seen("busy") == SLOTS).await;
-    let brief = Duration::from_secs(3);
-    let expiring = BasicProperties::default().with_expiration(brief.as_millis().to_string().into());
+    let expiring = BasicProperties::default().with_expiration("2000".into());
     publish("late", expiring.clone()).await;
-    publish("patient", BasicProperties::default()).await;
+    publish("late without saying so", BasicProperties::default()).await;
     test.wait_count(&queue, 0).await;
     let came = Instant::now();
-    eventually("its time is over", async || came.elapsed() > brief).await;
+    eventually("their time is over", async || came.elapsed() > WAIT_MAX).await;
+    publish("patient", BasicProperties::default()).await;
     gate.add_permits(2 * SLOTS);
-    eventually("the one behind it is carried out", async || seen("patient") == 1).await;
-    assert_eq!(seen("late"), 0);
-    publish("timely", expiring).await;
+    eventually("the one behind them is carried out", async || seen("patient") == 1).await;
+    assert_eq!((seen("late"), seen("late without saying so")), (0, 0));
+
+    // Its time counts from when it was sent, where it says so.
+    let sent = |seconds_ago: u64| {
+        let now = u64::try_from(Clock::system().now().unix_timestamp()).expect("after 1970");
+        BasicProperties::default().with_expiration("15000".into()).with_timestamp(now - seconds_ago)
+    };
+    publish("long on its way", sent(30)).await;
+    publish("timely", sent(0)).await;
     eventually("one in time is carried out", async || seen("timely") == 1).await;
+    assert_eq!(seen("long on its way"), 0);
+    broker.close().await;
+    test.clean_up().await;
+}
+
+/// A queue that takes events of one type and is full: the broker refuses each of them, though other queues have it.
+async fn full_queue(world: &World, kind: &str) -> String {
+    let (queue, channel) = (world.broker.name("full"), world.broker.channel().await);
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.as_str().into(), options, arguments);
+    declared.await.expect("a queue");
+    world.broker.publish("", &queue, b"in the way", BasicProperties::default()).await;
+    let (events, options) = (world.broker.name("events"), QueueBindOptions::default());
+    let bound = channel.queue_bind(
+        queue.as_str().into(),
+        events.as_str().into(),
+        kind.into(),
+        options,
+        FieldTable::default(),
+    );
+    bound.await.expect("the exchange of the events exists");
+    queue
+}
+
+#[tokio::test]
+async fn a_change_is_announced_even_if_the_worker_dies_before_the_broker_has_taken_the_event() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    let queue = full_queue(&world, "smtp_config.updated").await;
+    world.commanded("smtp_config.update", "acme", json!({"from_name": "Box office"})).await;
+    // The other queue tells that it was tried.
+    let tried = world.events.wait_for(|event| event["type"] == "smtp_config.updated", SOON).await;
+    worker.kill().await;
+    assert_eq!(world.broker.take(&queue).await.body, b"in the way");
+
+    let worker = world.worker().await;
+    let event: Value = serde_json::from_slice(&world.broker.take(&queue).await.body).expect("JSON");
+    assert_eq!(event, tried, "the same event, with the time of the change");
+    assert_eq!((&event["organization_id"], &event["version"]), (&json!("acme"), &json!(2)));
+    let left = "SELECT count(*) FROM config_events";
+    eventually("nothing is left to announce", async || world.database.number(left).await == 0).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_change_is_answered_before_it_is_announced_and_announced_once_that_can_be() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    // Announcing begins with the row's update.
+    let hold = "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$;
+                CREATE TRIGGER hold BEFORE UPDATE ON config_events FOR EACH ROW EXECUTE FUNCTION hold()";
+    world.database.run(hold).await;
+    let mut holder = world.database.connect().await;
+    sqlx::query("SELECT pg_advisory_lock(7)").execute(&mut holder).await.expect("the lock");
+    world.commanded("smtp_config.delete", "acme", json!({})).await;
+    let is_it = |event: &Value| event["type"] == "smtp_config.deleted";
+    assert!(!world.events.all().iter().any(is_it), "it waits, and the answer did not");
+    drop(holder);
+    world.events.wait_for(is_it, SOON).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_command_whose_acknowledgement_never_reached_the_broker_is_carried_out_once() {
+    let test = TestBroker::new("acks", &[]).await;
+    test.declare().await;
+    let (proxy, url) = Proxy::before(&amqp_url()).await;
+    // Without heartbeats nothing but the acknowledgement is on its way to the broker.
+    let url = format!("{url}{}heartbeat=0", if url.contains('?') { '&' } else { '?' });
+    let access = Access::new(AmqpUrl::parse(&url).expect("an AMQP URL"));
+    let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
+    let begun = Arc::new(Mutex::new(Vec::new()));
+    let log = begun.clone();
+    broker.serve_commands(Clock::system(), move |body, _| {
+        log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
+        std::future::ready(Vec::new())
+    });
+    let queue = test.name("control");
+    let seen = |body: &str| begun.lock().expect("no panic holds it").iter().filter(|b| *b == body).count();
+    test.wait_consumers(&queue, 1).await;
+    proxy.hold_back();
+    test.publish("", &queue, b"once", BasicProperties::default()).await;
+    eventually("the acknowledgement is held back", async || proxy.held() > 0).await;
+    proxy.cut();
+    test.wait_consumers(&queue, 0).await;
+    proxy.forward();
+    test.wait_consumers(&queue, 1).await;
+    test.publish("", &queue, b"behind", BasicProperties::default()).await;
+    eventually("the one behind it is carried out", async || seen("behind") == 1).await;
+    assert_eq!(seen("once"), 1);
     broker.close().await;
     test.clean_up().await;
 }

@@ -79,12 +79,17 @@ impl World {
         self.ok("feature.set", organization, params).await;
     }
 
+    /// The reply, and what is to be announced since this was last asked.
     async fn send(&self, command: &Value) -> (Value, Vec<Value>) {
-        send(&self.control, command).await
+        let reply = send(&self.control, command).await;
+        let due = self.store.take_config_events(100, DEADLINE).await.unwrap();
+        self.store.forget_config_events(&due).await.unwrap();
+        (reply, due.iter().map(|due| serde_json::to_value(&due.event).unwrap()).collect())
     }
 
     async fn ask(&self, command: &str, organization: &str, params: Value) -> Value {
-        self.send(&json!({"command": command, "organization_id": organization, "params": params})).await.0
+        let command = json!({"command": command, "organization_id": organization, "params": params});
+        send(&self.control, &command).await
     }
 
     async fn ok(&self, command: &str, organization: &str, params: Value) -> Value {
@@ -137,10 +142,9 @@ fn control(store: &Store, configs: &SmtpConfigs, dns: &DnsServer, rules: Control
     Control::new(store.clone(), configs.clone(), connector(Arc::new(egress)), clock, rules)
 }
 
-async fn send(control: &Control, command: &Value) -> (Value, Vec<Value>) {
-    let (response, events) = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
-    let events = events.iter().map(|event| serde_json::to_value(event).unwrap()).collect();
-    (serde_json::from_slice(&response.to_json()).unwrap(), events)
+async fn send(control: &Control, command: &Value) -> Value {
+    let response = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
+    serde_json::from_slice(&response.to_json()).unwrap()
 }
 
 fn account(facts: &RouteFacts) -> Arc<SmtpAccount> {
@@ -211,12 +215,10 @@ async fn a_configuration_is_created_shown_changed_and_deleted() {
         (&json!("Events@example.org"), &json!("mail.example.org"))
     );
     assert_eq!((&created["last_test"], &created["status"]), (&Value::Null, &json!("ok")));
-    assert_eq!(
-        events,
-        [
-            json!({"type": "smtp_config.created", "at": "2026-11-22T20:00:00Z", "organization_id": 42, "version": 1})
-        ]
-    );
+    let at = &events[0]["at"];
+    assert_eq!(at, &created["created_at"], "the change's time is the event's");
+    let event = json!({"type": "smtp_config.created", "at": at, "organization_id": 42, "version": 1});
+    assert_eq!(events, [event]);
 
     let shown = world.ok("smtp_config.get", "42", json!({})).await;
     assert_eq!(shown["organization_id"], "42");
@@ -238,6 +240,27 @@ async fn a_configuration_is_created_shown_changed_and_deleted() {
     assert_eq!(events[0]["type"], "smtp_config.deleted");
     assert_eq!(world.error("smtp_config.get", "42", json!({})).await, bare("not_found"));
     assert_eq!(world.error("smtp_config.delete", "42", json!({})).await, bare("not_found"));
+}
+
+#[tokio::test]
+async fn a_change_to_be_announced_is_one_workers_until_its_time_is_over_and_goes_with_no_refused_change() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    world.error("smtp_config.create", "acme", settings()).await;
+    world.error("smtp_config.update", "acme", json!({"port": 25, "if_version": 9})).await;
+    let take = async || world.store.take_config_events(10, DEADLINE).await.unwrap();
+    let (one, other) = tokio::join!(take(), take());
+    assert_eq!(one.len() + other.len(), 1, "{one:?} {other:?}");
+    assert_eq!(take().await.len(), 0, "somebody has it");
+    world.sql("UPDATE config_events SET due_at = now()").await;
+    let again = take().await;
+    assert_eq!(again.len(), 1, "whoever had it has not published it");
+    world
+        .sql("INSERT INTO config_events (type, organization_id) VALUES ('smtp_config.of_tomorrow', 'acme')")
+        .await;
+    world.store.forget_config_events(&again).await.unwrap();
+    assert_eq!(take().await.len(), 0, "a newer program's is left to it");
+    assert_eq!(world.count("SELECT count(*) FROM config_events").await, 1);
 }
 
 #[tokio::test]
@@ -284,14 +307,14 @@ async fn no_reply_event_audit_row_or_debug_holds_a_credential() {
         ("smtp_config.update", json!({"username": USERNAME})),
     ] {
         let command = json!({"command": command, "organization_id": organization, "params": params});
-        let (response, events) =
-            world.control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
-        seen.push(format!("{response:?} {events:?} {}", String::from_utf8(response.to_json()).unwrap()));
+        let response = world.control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
+        seen.push(format!("{response:?} {}", String::from_utf8(response.to_json()).unwrap()));
         seen.push(format!("{:?}", world.facts(organization).await));
         seen.push(format!("{:?}", world.configs.get(&id(organization)).await.unwrap()));
         for table in [
             "SELECT coalesce(string_agg(audit::text, ' '), '') FROM audit",
             "SELECT coalesce(string_agg(smtp_configs::text, ' '), '') FROM smtp_configs",
+            "SELECT coalesce(string_agg(config_events::text, ' '), '') FROM config_events",
         ] {
             seen.push(sqlx::query_scalar(table).fetch_one(&world.pool).await.unwrap());
         }
@@ -391,11 +414,11 @@ async fn a_body_that_is_no_command_is_an_invalid_request() {
     let world = World::new().await;
     for body in [&b"hello"[..], b"", b"[]", b"\xff\xfe", b"{\"command\":\"smtp_config.get\"", &[b'['; 70_000]]
     {
-        let (response, events) = world.control.handle(body, CommandMeta::default()).await;
-        assert_eq!((response.code(), response.command(), events.len()), ("invalid_request", "unknown", 0));
+        let response = world.control.handle(body, CommandMeta::default()).await;
+        assert_eq!((response.code(), response.command()), ("invalid_request", "unknown"));
     }
     let twice = br#"{"command":"smtp_config.update","organization_id":"a","params":{"port":25,"port":465}}"#;
-    let (response, _) = world.control.handle(twice, CommandMeta::default()).await;
+    let response = world.control.handle(twice, CommandMeta::default()).await;
     assert_eq!(response.outcome().unwrap_err().field.as_deref(), Some("port"));
     assert_eq!(world.error("smtp_config.probe", "a", json!({})).await, code("invalid_request", "command"));
     assert_eq!(world.error("smtp_config.get", "a", json!({"id": 1})).await, code("invalid_request", "id"));
@@ -505,6 +528,24 @@ async fn of_two_updates_of_one_version_at_once_one_is_a_conflict() {
 }
 
 #[tokio::test]
+async fn an_update_that_others_forestall_again_and_again_is_a_conflict_that_names_the_current_version() {
+    let world = World::enabled("acme").await;
+    world.ok("smtp_config.create", "acme", settings()).await;
+    // Under each update's lock another host is found than the one that was looked up before.
+    let forestall = "CREATE FUNCTION forestall() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN UPDATE smtp_configs SET host = 'other.example.org', version = version + 6; RETURN NEW; END $$";
+    world.sql(forestall).await;
+    let trigger =
+        "CREATE TRIGGER forestall BEFORE INSERT ON organizations FOR EACH ROW EXECUTE FUNCTION forestall()";
+    world.sql(trigger).await;
+    let reply =
+        world.ask("smtp_config.update", "acme", json!({"host": "mail.example.org", "password": "p"})).await;
+    assert_eq!(reply["error"]["code"], "conflict", "{reply}");
+    assert!(text(&reply["error"]["message"]).ends_with("its current version is 7"), "{reply}");
+    assert_eq!(reply["error"]["field"], Value::Null, "no version was asked for");
+}
+
+#[tokio::test]
 async fn the_stored_password_goes_to_no_other_server() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;
@@ -584,15 +625,15 @@ async fn only_the_allowed_users_may_command() {
     let world = World::with_rules(rules).await;
     let command = json!({"command": "smtp_config.create", "organization_id": "acme", "params": settings()});
     for user_id in [None, Some("guest"), Some(""), Some("booking2")] {
-        let meta = CommandMeta { user_id: user_id.map(str::to_owned) };
-        let (response, _) = world.control.handle(command.to_string().as_bytes(), meta).await;
+        let meta = CommandMeta { user_id: user_id.map(str::to_owned), ..CommandMeta::default() };
+        let response = world.control.handle(command.to_string().as_bytes(), meta).await;
         assert_eq!(response.code(), "not_allowed");
     }
     assert_eq!(world.count("SELECT count(*) FROM smtp_configs").await, 0);
     let refused = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND organization_id = 'acme'";
     assert_eq!(world.count(refused).await, 4);
-    let meta = CommandMeta { user_id: Some("booking".into()) };
-    let (response, _) = world.control.handle(command.to_string().as_bytes(), meta).await;
+    let meta = CommandMeta { user_id: Some("booking".into()), ..CommandMeta::default() };
+    let response = world.control.handle(command.to_string().as_bytes(), meta).await;
     assert_eq!(response.code(), "ok");
     assert_eq!(
         world.count("SELECT count(*) FROM audit WHERE user_id = 'booking' AND outcome = 'ok'").await,
@@ -675,7 +716,7 @@ async fn a_missing_key_is_told_apart_from_a_wrong_one_and_an_older_one_still_ope
     let rules = ControlRules { custom_smtp_for_all: true, ..ControlRules::default() };
     let control = control(&world.store, &under(std::slice::from_ref(&old)), &world.dns, rules);
     let create = json!({"command": "smtp_config.create", "organization_id": "acme", "params": settings()});
-    assert_eq!(send(&control, &create).await.0["ok"], true);
+    assert_eq!(send(&control, &create).await["ok"], true);
 
     let load = async |keys: &[SecretString]| under(keys).load_for_sending(&id("acme")).await.unwrap();
     let rotated = load(&[new.clone(), old]).await;
@@ -823,10 +864,10 @@ async fn with_the_database_away_nothing_is_changed_and_the_answer_comes_in_time(
         ("feature.set", json!({"feature": "custom-smtp-for-orgs", "enabled": true})),
         ("job.status", json!({"id": "01936a5e-0000-7000-8000-000000000000"})),
     ] {
-        let (reply, events) =
-            send(&control, &json!({"command": command, "organization_id": "acme", "params": params})).await;
+        let command = json!({"command": command, "organization_id": "acme", "params": params});
+        let reply = send(&control, &command).await;
         assert_eq!(reply["error"]["code"], "unavailable", "{command}: {reply}");
-        assert!(events.is_empty() && !reply.to_string().contains("secret"));
+        assert!(!reply.to_string().contains("secret"));
     }
     assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
 }

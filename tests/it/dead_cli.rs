@@ -527,7 +527,7 @@ async fn job_status(house: &House, organization: Value, id: &str) -> Value {
     let (store, smtp) = (house.database.store(), connector(egress));
     let control = Control::new(store, configs, smtp, Clock::system(), ControlRules::default());
     let command = json!({"command": "job.status", "organization_id": organization, "params": {"id": id}});
-    let (response, _) = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
+    let response = control.handle(command.to_string().as_bytes(), CommandMeta::default()).await;
     serde_json::from_slice(&response.to_json()).expect("a reply is JSON")
 }
 

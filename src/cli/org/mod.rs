@@ -15,6 +15,7 @@ use super::exit::Done;
 use super::output::harmless;
 use super::user;
 use crate::broker;
+use crate::clock::Clock;
 use crate::model::organization::OrganizationId;
 use crate::parts;
 use crate::settings::Settings;
@@ -44,11 +45,18 @@ pub(super) async fn run(command: &OrgCommand, settings: &Settings) -> anyhow::Re
 
 /// A command that the worker answered with an error.
 #[derive(Debug, thiserror::Error)]
-struct Refused {
+pub(super) struct Refused {
     code: String,
     message: String,
     field: Option<String>,
     hint: Option<String>,
+}
+
+impl Refused {
+    /// Whether the worker could not reach what it needs; what is asked for too often has another code.
+    pub(super) fn is_unavailable(&self) -> bool {
+        self.code == "unavailable"
+    }
 }
 
 impl fmt::Display for Refused {
@@ -78,7 +86,7 @@ async fn call(
         "command": command, "organization_id": org, "actor": actor(), "params": params,
     });
     let request = serde_json::to_vec(&request)?;
-    let reply = broker::call(&access, &settings.amqp.prefix, &request, within).await?;
+    let reply = broker::call(&access, &settings.amqp.prefix, &request, Clock::system().now(), within).await?;
     let mut reply: Value = serde_json::from_slice(&reply).context("the worker's reply is not JSON")?;
     if reply["ok"] == true {
         return Ok(reply["result"].take());

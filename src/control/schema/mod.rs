@@ -37,8 +37,8 @@ pub fn command_schema() -> Value {
         "title": "Sendoff command",
         "description": format!(
             "Published to the default exchange with the control queue's name as the routing key, with reply_to and \
-             correlation_id. Carried out at most once; one that has expired is not. Unknown and repeated fields are refused, \
-             and so are more than {BODY_MAX} bytes. The reply is #/$defs/Reply."
+             correlation_id. Carried out at most once; one that has expired is not, counted from its timestamp where it bears \
+             one. Unknown and repeated fields are refused, and so are more than {BODY_MAX} bytes. The reply is #/$defs/Reply."
         ),
         "oneOf": branches,
         "$defs": definitions,

@@ -1,6 +1,6 @@
 //! Creating, changing and deleting a configuration.
-//! Guarantee: a version is never given twice, not even across delete and create; a change and its audit row are one
-//! transaction, which is over at the time that the caller names.
+//! Guarantee: a version is never given twice, not even across delete and create; a change, its audit row and its
+//! announcement are one transaction, which is over at the time that the caller names.
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::Instant;
@@ -12,6 +12,7 @@ use crate::model::smtp_settings::Credentials;
 use crate::secrets::{Context, Field};
 use crate::store::audit::{self, AuditEntry};
 use crate::store::change::{self, ChangeError, Tx};
+use crate::store::config_events::{self, Changed};
 
 /// Mail that waited for it goes through the platform's server.
 const DELETE: &str = "
@@ -158,9 +159,11 @@ impl SmtpConfigs {
             return Err(ChangeError::Conflict { current: config.version });
         }
         allow(&config).map_err(ChangeError::Refused)?;
-        let row = self.apply(tx, organization, patch).await?;
+        let config = self.apply(tx, organization, patch).await?.into_config()?;
+        let changed = Changed::Updated { version: config.version };
+        config_events::insert(tx.connection(), organization, changed).await?;
         audit::insert(tx.connection(), audit).await?;
-        Ok(row.into_config()?)
+        Ok(config)
     }
 
     /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew. What
@@ -235,8 +238,11 @@ async fn create(
     .bind(password)
     .fetch_one(tx.connection())
     .await?;
+    let config = row.into_config()?;
+    let changed = Changed::Created { version: config.version };
+    config_events::insert(tx.connection(), organization, changed).await?;
     audit::insert(tx.connection(), audit).await?;
-    Ok(row.into_config()?)
+    Ok(config)
 }
 
 async fn delete(
@@ -250,6 +256,7 @@ async fn delete(
     if deleted == 0 {
         return Err(ChangeError::NotFound);
     }
+    config_events::insert(tx.connection(), organization, Changed::Deleted).await?;
     Ok(audit::insert(tx.connection(), audit).await?)
 }
 

@@ -1,18 +1,20 @@
 //! What the last connection test of a stored configuration found.
-//! Guarantee: a result is kept with the version that was tested only, and no later result gives way to an earlier one.
+//! Guarantee: a result is kept with the version that was tested only, with the time by the database's clock; of two results
+//! the one that came later stays.
 
 use std::time::Duration;
 
-use super::{LastTest, SmtpConfigs};
+use super::SmtpConfigs;
 use crate::model::organization::OrganizationId;
 use crate::store::StoreError;
 
 const RECORD: &str = "
-UPDATE smtp_configs SET last_test_at = $3, last_test_ok = $4, last_test_code = $5
-WHERE organization_id = $1 AND version = $2 AND (last_test_at IS NULL OR last_test_at <= $3)";
+UPDATE smtp_configs SET last_test_at = now(), last_test_ok = $3 IS NULL, last_test_code = $3
+WHERE organization_id = $1 AND version = $2";
 
 impl SmtpConfigs {
-    /// Keeps a result, unless the configuration was changed or deleted meanwhile.
+    /// Keeps a result, the error's code or `None` of a test that went through, unless the configuration was changed or deleted
+    /// meanwhile.
     ///
     /// # Errors
     /// When the database did not take it within `limit`.
@@ -20,15 +22,10 @@ impl SmtpConfigs {
         &self,
         organization: &OrganizationId,
         version: i64,
-        test: &LastTest,
+        code: Option<&str>,
         limit: Duration,
     ) -> Result<(), StoreError> {
-        let question = sqlx::query(RECORD)
-            .bind(organization.as_str())
-            .bind(version)
-            .bind(test.at)
-            .bind(test.ok)
-            .bind(test.code.as_deref());
+        let question = sqlx::query(RECORD).bind(organization.as_str()).bind(version).bind(code);
         self.store.on_session_within(limit, async |session| question.execute(session).await).await.map(drop)
     }
 }

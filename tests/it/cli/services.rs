@@ -11,7 +11,7 @@ use sendoff::control::{CommandMeta, Control, ControlRules};
 use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
 use sendoff::model::schedule::Schedule;
 use sendoff::secrets::KeyRing;
-use sendoff::store::SmtpConfigs;
+use sendoff::store::{SmtpConfigs, Store};
 use serde_json::{Value, json};
 use sqlx::Executor;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
@@ -70,7 +70,7 @@ impl House {
     /// Answers one command as a worker does, and gives the command.
     async fn answer(&self, control: &Control) -> Value {
         let command = self.broker.take(&self.broker.name("control")).await;
-        let (response, _events) = control.handle(&command.body, CommandMeta::default()).await;
+        let response = control.handle(&command.body, CommandMeta::default()).await;
         let reply_to = command.properties.reply_to().as_ref().expect("a reply is wanted").to_string();
         let correlation = command.properties.correlation_id().clone().expect("a correlation id");
         let properties = BasicProperties::default().with_correlation_id(correlation);
@@ -84,12 +84,15 @@ impl House {
     }
 
     fn control(&self) -> Control {
+        self.control_over(self.database.store(), ControlRules::default())
+    }
+
+    fn control_over(&self, store: Store, rules: ControlRules) -> Control {
         let keys = Arc::new(KeyRing::parse(&[SecretString::from(KEY)]).expect("a key ring"));
-        let configs = SmtpConfigs::new(self.database.store(), keys);
+        let configs = SmtpConfigs::new(store.clone(), keys);
         let policy = EgressPolicy::new(Vec::new(), Vec::new(), AllowedPorts::Any);
         let egress = Arc::new(Egress::new(policy, &[self.dns.address()]).expect("a name server"));
-        let (store, smtp) = (self.database.store(), connector(egress));
-        Control::new(store, configs, smtp, Clock::system(), ControlRules::default())
+        Control::new(store, configs, connector(egress), Clock::system(), rules)
     }
 }
 
@@ -284,5 +287,32 @@ async fn an_organizations_server_is_managed_without_its_password_being_shown() {
 
     let (deleted, _) = tokio::join!(house.done(&["org", "smtp", "delete", "42"]), house.answer(&control));
     assert!(deleted.starts_with("Deleted "), "{deleted}");
+    house.broker.clean_up().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_database_is_away_is_exit_code_3_and_one_that_is_asked_too_often_is_1() {
+    let house = House::new("away", TestDatabase::migrated().await).await;
+    house.done(&["topology", "declare"]).await;
+    let nowhere = Store::new(&"postgres://nobody@127.0.0.1:1/none".into(), 1).expect("a URL");
+    let away = house.control_over(nowhere, ControlRules::default());
+    let asking = house.run(&["org", "smtp", "show", "42"]);
+    let (output, _) = tokio::join!(asking, house.answer(&away));
+    let words = super::stderr(&output);
+    assert_eq!((output.status.code(), words.contains("(unavailable)")), (Some(3), true), "{words}");
+
+    house.database.run("INSERT INTO test_times VALUES ('42', ARRAY[now()])").await;
+    let one = ControlRules { custom_smtp_for_all: true, tests_per_minute: 1, ..ControlRules::default() };
+    let busy = house.control_over(house.database.store(), one);
+    let password = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(password.path(), "secret\n").expect("written");
+    let file = password.path().to_str().expect("UTF-8");
+    let server =
+        ["org", "smtp", "test", "42", "--host", "mail.example.org", "--port", "587", "--username", "u"];
+    let rest = ["--password-file", file, "--from-email", "a@example.org", "--from-name", "A"];
+    let arguments = [&server[..], &rest].concat();
+    let (output, _) = tokio::join!(house.run(&arguments), house.answer(&busy));
+    let words = super::stderr(&output);
+    assert_eq!((output.status.code(), words.contains("(rate_limited)")), (Some(1), true), "{words}");
     house.broker.clean_up().await;
 }

@@ -1,9 +1,11 @@
 //! The test email: one message, its content, its answer.
 
+use std::time::Duration;
+
 use mail_parser::MessageParser;
 use serde_json::{Value, json};
 
-use super::{HOST, House};
+use super::{HOST, House, ask_late};
 use crate::support::smtp_server::{Action, Rule, Stage};
 
 const TO: &str = "ann@customer.example";
@@ -122,4 +124,19 @@ async fn an_accepted_test_email_ends_a_configurations_failing() {
     assert_eq!(send(&house).await["ok"], true);
     assert_eq!(house.config().await["status"], "ok");
     assert_eq!(house.database.number("SELECT probes::bigint FROM smtp_configs").await, 0);
+}
+
+#[tokio::test]
+async fn a_test_email_that_runs_out_of_time_says_what_it_was_waiting_for() {
+    let house = House::new().await;
+    let server = house.server(|behaviour| behaviour.rule(Rule::new(Stage::Auth, Action::Silence))).await;
+    house.store(&server).await;
+    // Ten of its seconds are left.
+    let late = Duration::from_secs(45);
+    let reply =
+        ask_late(&house.control, late, "smtp_config.send_test_email", "acme", json!({"to": TO})).await;
+    assert_eq!(reply["error"]["code"], "connect_timeout", "{reply}");
+    let hint = reply["error"]["hint"].as_str().expect("a hint");
+    assert!(hint.contains("during the login") && !hint.contains("greeting"), "{hint}");
+    assert_eq!(server.seen(|seen| seen.count("AUTH")), 1);
 }

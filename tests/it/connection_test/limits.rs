@@ -1,11 +1,13 @@
 //! How often, how many at once, and by whom.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use sendoff::control::{CommandMeta, ControlRules};
 use sendoff::egress::AllowedPorts;
 use serde_json::{Value, json};
 
-use super::{House, NOW, ask, settings};
+use super::{House, NOW, ask, ask_late, settings};
 use crate::support::broker::SOON;
 use crate::support::smtp_server::{Action, Rule, Stage};
 
@@ -61,12 +63,12 @@ async fn tests_that_wait_for_their_servers_hold_up_no_other_command() {
     let meanwhile = async {
         silent.wait_for(SOON, |seen| seen.sessions.len() == 32).await.expect("all are under way");
         let one_more = house.ask("smtp_config.test", "acme", settings(silent.port())).await;
-        assert_eq!(one_more["error"]["code"], "unavailable", "{one_more}");
+        assert_eq!(one_more["error"]["code"], "rate_limited", "nothing is away: {one_more}");
         assert!(one_more["error"]["hint"].is_string(), "{one_more}");
         let status = house.refusal("smtp_config.get", "acme", json!({})).await;
         assert_eq!(status.0, "not_found", "it is answered");
         assert_eq!(silent.connections(), 32);
-        let audited = "SELECT count(*) FROM audit WHERE outcome = 'unavailable'";
+        let audited = "SELECT count(*) FROM audit WHERE outcome = 'rate_limited'";
         assert_eq!(house.database.number(audited).await, 1);
     };
     tokio::select! {
@@ -97,16 +99,16 @@ async fn every_command_needs_an_allowed_user_and_its_refusal_is_audited() {
         for user in [None, Some("guest"), Some("")] {
             let body =
                 json!({"command": command, "organization_id": "acme", "params": settings(25)}).to_string();
-            let meta = CommandMeta { user_id: user.map(str::to_owned) };
-            let (response, events) = control.handle(body.as_bytes(), meta).await;
-            assert_eq!((response.code(), events.len()), ("not_allowed", 0), "{command} {user:?}");
+            let meta = CommandMeta { user_id: user.map(str::to_owned), ..CommandMeta::default() };
+            let response = control.handle(body.as_bytes(), meta).await;
+            assert_eq!(response.code(), "not_allowed", "{command} {user:?}");
         }
         let audited = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND command = ";
         assert_eq!(house.database.number(format!("{audited}'{command}'")).await, 3, "{command}");
     }
-    let booking = CommandMeta { user_id: Some("booking".into()) };
+    let booking = CommandMeta { user_id: Some("booking".into()), ..CommandMeta::default() };
     let body = json!({"command": "smtp_config.test", "organization_id": "acme"}).to_string();
-    assert_eq!(control.handle(body.as_bytes(), booking).await.0.code(), "not_found");
+    assert_eq!(control.handle(body.as_bytes(), booking).await.code(), "not_found");
 }
 
 #[tokio::test]
@@ -119,4 +121,18 @@ async fn a_test_is_audited_with_the_names_of_its_fields() {
     assert_eq!(house.database.number(audited).await, 1);
     let row = "SELECT count(*) FROM audit AS a WHERE a::text LIKE '%mail.acme.example%'";
     assert_eq!(house.database.number(row).await, 0);
+}
+
+#[tokio::test]
+async fn a_test_for_which_too_little_time_is_left_is_not_begun_and_says_nothing_of_the_server() {
+    let house = House::new().await;
+    let server = house.server(|_| {}).await;
+    house.store(&server).await;
+    let late = Duration::from_secs(12);
+    for params in [json!({}), settings(server.port())] {
+        let reply = ask_late(&house.control, late, "smtp_config.test", "acme", params).await;
+        assert_eq!(reply["error"]["code"], "unavailable", "{reply}");
+    }
+    assert_eq!(server.connections(), 0);
+    assert_eq!(house.config().await["last_test"], Value::Null);
 }

@@ -188,6 +188,8 @@ async fn a_server_that_says_nothing_is_given_up_in_time_for_the_reply() {
         let (code, last, message) = failure(&report);
         assert_eq!((code.as_str(), last.as_str()), ("connect_timeout", step), "{report}");
         assert!(message.contains("in time"), "{message}");
+        let hint = report["error"]["hint"].as_str().expect("a hint");
+        assert!(hint.ends_with("a test email gives it more, should it only be slow."), "{hint}");
         let waited = report["steps"].as_array().and_then(|steps| steps.last()?["ms"].as_u64());
         assert!(waited.is_some_and(|ms| ms > 5000), "{report}");
     }

@@ -1,5 +1,6 @@
 //! A TCP proxy on 127.0.0.1 that forwards, and on command cuts, stalls or refuses.
-//! Guarantee: a cut resets every connection at once; a stall keeps them open and moves no byte.
+//! Guarantee: a cut resets every connection at once; a stall keeps them open and moves no byte; what is held back
+//! on its way to the server is there no more after a cut.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use tokio::sync::watch;
 enum Mode {
     Forward,
     Stall,
+    HoldBack,
     Refuse,
 }
 
@@ -25,6 +27,7 @@ pub struct Proxy {
     /// Counts the cuts: every connection of an earlier count is closed.
     cuts: watch::Sender<usize>,
     accepted: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -35,7 +38,8 @@ impl Proxy {
         let (mode, mode_seen) = watch::channel(Mode::Forward);
         let (cuts, cuts_seen) = watch::channel(0);
         let accepted = Arc::new(AtomicUsize::new(0));
-        let counter = accepted.clone();
+        let held = Arc::new(AtomicUsize::new(0));
+        let (counter, holding) = (accepted.clone(), held.clone());
         tokio::spawn(async move {
             let mut ended = cuts_seen.clone();
             loop {
@@ -43,13 +47,14 @@ impl Proxy {
                     incoming = listener.accept() => {
                         let Ok((client, _)) = incoming else { return };
                         counter.fetch_add(1, Ordering::SeqCst);
-                        tokio::spawn(serve(client, target, mode_seen.clone(), cuts_seen.clone()));
+                        let (mode, cuts) = (mode_seen.clone(), cuts_seen.clone());
+                        tokio::spawn(serve(client, target, mode, cuts, holding.clone()));
                     }
                     changed = ended.changed() => if changed.is_err() { return },
                 }
             }
         });
-        Self { address, mode, cuts, accepted }
+        Self { address, mode, cuts, accepted, held }
     }
 
     /// A proxy before the server that a URL names by address and port, and the URL that leads through it.
@@ -88,6 +93,16 @@ impl Proxy {
         self.mode.send_replace(Mode::Stall);
     }
 
+    /// Moves nothing to the server any more; what the server says comes through.
+    pub fn hold_back(&self) {
+        self.mode.send_replace(Mode::HoldBack);
+    }
+
+    /// How often something was held back so far.
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::SeqCst)
+    }
+
     /// Forwards again.
     pub fn forward(&self) {
         self.mode.send_replace(Mode::Forward);
@@ -99,6 +114,7 @@ async fn serve(
     target: SocketAddr,
     mode: watch::Receiver<Mode>,
     mut cuts: watch::Receiver<usize>,
+    held: Arc<AtomicUsize>,
 ) {
     cuts.mark_unchanged();
     if *mode.borrow() == Mode::Refuse {
@@ -110,13 +126,19 @@ async fn serve(
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     tokio::select! {
-        () = pump(client_read, server_write, mode.clone()) => {}
-        () = pump(server_read, client_write, mode) => {}
+        () = pump(client_read, server_write, mode.clone(), Some(held)) => {}
+        () = pump(server_read, client_write, mode, None) => {}
         _ = cuts.changed() => {}
     }
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut mode: watch::Receiver<Mode>) {
+/// `held`: counts what is held back, on the way to the server.
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut mode: watch::Receiver<Mode>,
+    held: Option<Arc<AtomicUsize>>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         if mode.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
@@ -126,7 +148,11 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut mode: watch::
             Ok(0) | Err(_) => return,
             Ok(count) => count,
         };
-        if mode.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
+        if let (Some(held), Mode::HoldBack) = (&held, *mode.borrow()) {
+            held.fetch_add(1, Ordering::SeqCst);
+        }
+        let stays = |mode: &Mode| *mode == Mode::Stall || (*mode == Mode::HoldBack && held.is_some());
+        if mode.wait_for(|mode| !stays(mode)).await.is_err() {
             return;
         }
         if to.write_all(&buffer[..count]).await.is_err() {

@@ -186,7 +186,8 @@ impl World {
     /// Sends a control command and returns its reply.
     pub async fn control(&self, command: Value) -> Value {
         let body = serde_json::to_vec(&command).expect("JSON");
-        let reply = sendoff::broker::call(&Self::access(), &self.broker.prefix, &body, SOON).await;
+        let now = Clock::system().now();
+        let reply = sendoff::broker::call(&Self::access(), &self.broker.prefix, &body, now, SOON).await;
         serde_json::from_slice(&reply.expect("a reply")).expect("replies are JSON")
     }
 

@@ -22,12 +22,10 @@ use super::worker::Worker;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Probes at once in this worker, beside `delivery.max_sessions`.
 const PROBES: usize = 16;
-/// One probe as a whole.
-const LIMIT: Duration = Duration::from_secs(20);
 /// For the goodbye behind a verdict.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
-/// A probe that has brought no verdict for so long is taken by another worker: longer than one takes.
-const LEASE: Duration = Duration::from_secs(60);
+/// So long after its limit a probe that has brought no verdict is taken by another worker: it takes the goodbye and the record.
+const GRACE: Duration = Duration::from_secs(60);
 /// Trouble that nobody has announced for so long was a worker's that has died.
 const UNANNOUNCED_FOR: Duration = Duration::from_secs(10);
 
@@ -76,13 +74,18 @@ impl Prober {
         }
     }
 
+    /// One probe's opening. Nobody waits for it: a server that a send has the patience for is not given up sooner here.
+    fn limit(&self) -> Duration {
+        self.connector.longest_opening().min(self.worker.limits.attempt_timeout)
+    }
+
     async fn due(&self, limit: usize) -> Result<Vec<DueProbe>, StoreError> {
         let limit = u32::try_from(limit).unwrap_or(0);
         if limit == 0 {
             return Ok(Vec::new());
         }
         let for_all = self.worker.limits.custom_smtp == CustomSmtp::All;
-        self.worker.blames.configs.claim_probes(for_all, limit, LEASE).await
+        self.worker.blames.configs.claim_probes(for_all, limit, self.limit() + GRACE).await
     }
 
     /// Where the database does not answer, the probe is made again when its lease has ended.
@@ -122,7 +125,7 @@ impl Prober {
     ) -> Result<(), StoreError> {
         let destination =
             Destination::Organization { id: probe.organization.clone(), version: probe.version };
-        let opening = tokio::time::timeout(LIMIT, self.connector.open(&destination, account));
+        let opening = tokio::time::timeout(self.limit(), self.connector.open(&destination, account));
         let (session, found) = match opening.await {
             Ok(Ok(session)) => (Some(session), Found::Works),
             Ok(Err(failure)) => (None, judge(&failure, account, failing)),

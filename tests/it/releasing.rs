@@ -247,6 +247,27 @@ async fn a_slow_server_holds_up_no_other_probe() {
 }
 
 #[tokio::test]
+async fn a_server_that_a_send_would_wait_for_is_waited_for_by_a_probe() {
+    let go_on = std::sync::Arc::new(tokio::sync::Notify::new());
+    let world = World::with(|server| {
+        server.rule(Rule::new(Stage::Banner, Action::Hold(go_on.clone())).once());
+    })
+    .await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 0).await;
+    world.server.wait_for(SOON, |seen| seen.sessions.len() == 1).await.expect("its probe begins");
+    // A minute for the connection, for TLS and for each reply: so long the probe is this worker's, and nobody else's.
+    let held = "SELECT count(*) FROM smtp_configs WHERE next_probe_at > now() + interval '10 minutes'";
+    assert_eq!(world.database.number(held).await, 1);
+    go_on.notify_one();
+    assert_eq!(recovered(&world, "acme").await, 0);
+    assert_eq!(world.server.connections(), 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn the_probe_of_a_worker_that_died_is_made_by_another() {
     let world = World::with(|server| server.rule(Rule::new(Stage::Banner, Action::Silence).once())).await;
     let first = world.worker().await;

@@ -15,8 +15,10 @@ ALTER TABLE smtp_configs
     ADD COLUMN failing_hint text,
     -- `smtp_config.failing` has been published.
     ADD COLUMN failing_announced boolean NOT NULL DEFAULT true,
-    -- Pauses between probes since a message was last accepted: each is longer than the one before.
+    -- Pauses between probes since a message was last accepted, those that keep a refused password from being tried again for
+    -- themselves: of each kind one is longer than the one before.
     ADD COLUMN probes integer NOT NULL DEFAULT 0,
+    ADD COLUMN long_probes integer NOT NULL DEFAULT 0,
     ADD COLUMN next_probe_at timestamptz;
 
 CREATE INDEX smtp_configs_failing ON smtp_configs (next_probe_at) WHERE failing_since IS NOT NULL;

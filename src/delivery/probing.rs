@@ -9,7 +9,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::model::advice::{self, ServerFacts};
 use crate::model::failure::{Failure, Reason};
-use crate::model::health;
+use crate::model::health::{self, Pauses};
 use crate::model::policy;
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
@@ -34,8 +34,8 @@ const UNANNOUNCED_FOR: Duration = Duration::from_secs(10);
 enum Found {
     /// It works.
     Works,
-    /// It does not; without a hint the one before stays.
-    Fails(Reason, Option<String>),
+    /// It does not; without a hint the one before stays. Then the next probe.
+    Fails(Reason, Option<String>, Pauses),
     /// Nothing that this worker could judge.
     Nothing,
 }
@@ -110,7 +110,7 @@ impl Prober {
             }
             StoredAccount::Unreadable { .. } => {
                 let reason = Reason::ConfigUnreadable;
-                Found::Fails(reason, Some(advice::of_reason(reason).to_owned()))
+                Found::Fails(reason, Some(advice::of_reason(reason).to_owned()), Pauses::after(reason))
             }
             StoredAccount::None => Found::Nothing,
         };
@@ -129,7 +129,8 @@ impl Prober {
         let (session, found) = match opening.await {
             Ok(Ok(session)) => (Some(session), Found::Works),
             Ok(Err(failure)) => (None, judge(&failure, account, failing)),
-            Err(_) => (None, Found::Fails(failing, None)),
+            // A password may have been offered.
+            Err(_) => (None, Found::Fails(failing, None, Pauses::after(failing))),
         };
         let recorded = self.record(probe, found).await;
         if let Some(session) = session {
@@ -148,8 +149,8 @@ impl Prober {
                     tracing::info!(%organization, version, "a configuration works again");
                 }
             }
-            Found::Fails(reason, hint) => {
-                configs.probe_failed(probe, reason, hint.as_deref()).await?;
+            Found::Fails(reason, hint, pauses) => {
+                configs.probe_failed(probe, reason, hint.as_deref(), pauses).await?;
                 tracing::info!(%organization, version, %reason, "a configuration still does not work");
             }
         }
@@ -173,8 +174,11 @@ impl Prober {
 /// What is no fault of the configuration leaves it failing for the reason that it failed for.
 fn judge(failure: &Failure, account: &SmtpAccount, failing: Reason) -> Found {
     match health::accusation(policy::judge(failure)) {
-        Some(reason) => Found::Fails(reason, Some(advice::hint(failure, ServerFacts::of(account)))),
-        None => Found::Fails(failing, None),
+        Some(reason) => {
+            let hint = advice::hint(failure, ServerFacts::of(account));
+            Found::Fails(reason, Some(hint), Pauses::after(reason))
+        }
+        None => Found::Fails(failing, None, Pauses::after_trouble(failing, failure.phase)),
     }
 }
 
@@ -202,17 +206,20 @@ mod tests {
             Fault::Lost,
             Fault::Timeout,
         ] {
-            assert_eq!(judged(Phase::Auth, fault), Found::Fails(Reason::AuthFailed, None));
+            let found = |pauses| Found::Fails(Reason::AuthFailed, None, pauses);
+            assert_eq!(judged(Phase::Auth, fault.clone()), found(Pauses::Long));
+            assert_eq!(judged(Phase::Greeting, fault), found(Pauses::Short));
         }
         let lookup = Fault::DnsFailed { detail: "no answer".into() };
-        assert_eq!(judged(Phase::Resolve, lookup), Found::Fails(Reason::AuthFailed, None));
-        let Found::Fails(reason, Some(_)) =
+        let passing = Found::Fails(Reason::AuthFailed, None, Pauses::Short);
+        assert_eq!(judged(Phase::Resolve, lookup), passing);
+        let Found::Fails(reason, Some(_), _) =
             judged(Phase::Tls, Fault::Tls { kind: TlsFault::Expired, detail: "expired".into() })
         else {
             panic!("a verdict")
         };
         assert_eq!(reason, Reason::TlsFailed);
-        let Found::Fails(reason, Some(_)) = judged(Phase::Connect, Fault::Timeout) else {
+        let Found::Fails(reason, Some(_), _) = judged(Phase::Connect, Fault::Timeout) else {
             panic!("a verdict")
         };
         assert_eq!(reason, Reason::ConnectTimeout);

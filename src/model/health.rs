@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::failure::Reason;
+use super::failure::{Phase, Reason};
 use super::policy::Verdict;
 
 /// A server that could not be reached at all for so long is the configuration's fault: the wrong port is the commonest
@@ -13,10 +13,40 @@ pub const UNREACHABLE_FOR: Duration = Duration::from_secs(600);
 /// Failures in a row, on different connections, that make a configuration fail that has worked before.
 pub const STRIKES: u32 = 2;
 
-/// Pauses before each probe, in seconds; the last one repeats.
+/// Pauses before a probe, in seconds; the last one repeats.
 const PAUSES_S: &[i32] = &[300, 600, 1200, 2400, 3600];
 /// A password that is refused again and again locks the account.
 const PAUSES_AFTER_REFUSAL_S: &[i32] = &[3600, 4 * 3600, 12 * 3600];
+
+/// Which pause comes before the next probe. Each kind is counted for itself, and grows from one to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pauses {
+    /// Minutes: a probe can do no harm.
+    Short,
+    /// Hours: it offers a password that was refused.
+    Long,
+}
+
+impl Pauses {
+    /// The kind of pause after a failure of this reason.
+    pub fn after(reason: Reason) -> Self {
+        if reason == Reason::AuthFailed { Self::Long } else { Self::Short }
+    }
+
+    /// The kind of pause after a probe, of a configuration that fails for this reason, that ended in trouble which may pass:
+    /// no password was offered before [`Phase::Auth`].
+    pub fn after_trouble(failing: Reason, phase: Phase) -> Self {
+        if phase < Phase::Auth { Self::Short } else { Self::after(failing) }
+    }
+
+    /// The first, second, … pause of this kind, in seconds; the last one repeats.
+    pub fn steps_s(self) -> &'static [i32] {
+        match self {
+            Self::Short => PAUSES_S,
+            Self::Long => PAUSES_AFTER_REFUSAL_S,
+        }
+    }
+}
 
 /// What is known of a configuration's health, as it was loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,11 +120,6 @@ pub fn accusation(verdict: Verdict) -> Option<Reason> {
     }
 }
 
-/// The pauses before the first, second, … probe, in seconds; the last one repeats.
-pub fn probe_pauses_s(reason: Reason) -> &'static [i32] {
-    if reason == Reason::AuthFailed { PAUSES_AFTER_REFUSAL_S } else { PAUSES_S }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,10 +142,22 @@ mod tests {
     #[test]
     fn probes_become_rarer_and_a_refused_password_is_tried_least() {
         for reason in Reason::ALL {
-            let pauses = probe_pauses_s(*reason);
+            let pauses = Pauses::after(*reason).steps_s();
             assert!(pauses.is_sorted() && pauses[0] >= 300, "{reason}");
         }
-        assert_eq!(probe_pauses_s(Reason::AuthFailed), [3600, 14_400, 43_200]);
-        assert_eq!(probe_pauses_s(Reason::TlsFailed).last(), Some(&3600));
+        assert_eq!(Pauses::after(Reason::AuthFailed).steps_s(), [3600, 14_400, 43_200]);
+        assert_eq!(Pauses::after(Reason::TlsFailed).steps_s().last(), Some(&3600));
+    }
+
+    #[test]
+    fn trouble_before_a_password_was_offered_does_not_prolong_the_wait() {
+        let after = |phase| Pauses::after_trouble(Reason::AuthFailed, phase);
+        for phase in
+            [Phase::Resolve, Phase::Connect, Phase::Greeting, Phase::Ehlo, Phase::Starttls, Phase::Tls]
+        {
+            assert_eq!(after(phase), Pauses::Short, "{phase:?}");
+        }
+        assert_eq!(after(Phase::Auth), Pauses::Long);
+        assert_eq!(Pauses::after_trouble(Reason::TlsFailed, Phase::Auth), Pauses::Short);
     }
 }

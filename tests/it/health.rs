@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use secrecy::SecretString;
 use sendoff::model::failure::Reason;
-use sendoff::model::health::{Absolution, Blamed, Health};
+use sendoff::model::health::{Absolution, Blamed, Health, Pauses};
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{AuditEntry, DueProbe, Failing, SmtpConfig, SmtpConfigPatch, SmtpConfigs, Store};
@@ -55,6 +55,12 @@ impl House {
 
     async fn recovered(&self, version: i64) -> bool {
         self.configs.recovered(&acme(), version).await.expect("the database answers")
+    }
+
+    /// A probe came to nothing.
+    async fn probe_failed(&self, probe: &DueProbe, reason: Reason, hint: Option<&str>, pauses: Pauses) {
+        let recorded = self.configs.probe_failed(probe, reason, hint, pauses).await;
+        recorded.expect("the database answers");
     }
 
     async fn probes(&self, for_all: bool, limit: u32) -> Vec<DueProbe> {
@@ -193,7 +199,7 @@ async fn what_is_said_of_an_older_version_changes_nothing() {
     assert!(!house.recovered(1).await);
     assert!(house.failing().await.is_some());
     let of_another = DueProbe { organization: acme(), version: 1 };
-    house.configs.probe_failed(&of_another, Reason::TlsFailed, Some("")).await.expect("the database answers");
+    house.probe_failed(&of_another, Reason::TlsFailed, Some(""), Pauses::Short).await;
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let nobody = OrganizationId::parse("beta").expect("an id");
     let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "").await;
@@ -214,11 +220,32 @@ async fn probes_come_after_growing_pauses_which_a_refused_password_makes_long() 
             house.database.run("UPDATE smtp_configs SET next_probe_at = now()").await;
             let probe = house.probes(false, 10).await.pop().expect("it is due");
             assert_eq!(house.next_probe_s().await, 60, "it is somebody's");
-            house.configs.probe_failed(&probe, reason, Some(HINT)).await.expect("the database answers");
+            house.probe_failed(&probe, reason, Some(HINT), Pauses::after(reason)).await;
             seen.push(house.next_probe_s().await);
         }
         assert_eq!(seen, pauses_s, "{reason}");
     }
+}
+
+#[tokio::test]
+async fn trouble_before_the_login_is_looked_at_again_in_minutes_and_brings_no_later_login_nearer_or_farther()
+{
+    let house = House::of(&["acme"]).await;
+    assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
+    let mut seen = vec![house.next_probe_s().await];
+    let probe = DueProbe { organization: acme(), version: 1 };
+    for pauses in [Pauses::Short, Pauses::Short, Pauses::Long, Pauses::Short, Pauses::Long] {
+        house.probe_failed(&probe, Reason::AuthFailed, None, pauses).await;
+        seen.push(house.next_probe_s().await);
+    }
+    assert_eq!(seen, [3600, 300, 600, 14_400, 1200, 43_200]);
+    house.recovered(1).await;
+    assert!(house.health().await.blemished, "until a message is accepted");
+    house.absolve(1, Absolution::Worked).await;
+    assert!(!house.health().await.blemished);
+    house.blame(1, Reason::AuthFailed).await;
+    assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
+    assert_eq!(house.next_probe_s().await, 3600, "they begin anew");
 }
 
 #[tokio::test]
@@ -285,11 +312,7 @@ async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed
     assert_eq!(updated.failing.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let due = [DueProbe { organization: acme(), version: 2 }];
     assert_eq!(house.probes(false, 10).await, due);
-    house
-        .configs
-        .probe_failed(&due[0], Reason::TlsFailed, Some("other"))
-        .await
-        .expect("the database answers");
+    house.probe_failed(&due[0], Reason::TlsFailed, Some("other"), Pauses::Short).await;
     assert_eq!(house.next_probe_s().await, 300, "the pauses begin anew");
     let failing = house.failing().await.expect("it fails");
     assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, "other"));

@@ -75,7 +75,7 @@ async fn fail(world: &World, organization: &str, probe_in_s: i64) {
         .database
         .run(format!(
             "UPDATE smtp_configs SET failing_since = now(), failing_reason = 'auth_failed', failing_hint = 'Ask.', \
-             failing_announced = true, strikes = 2, probes = 1, \
+             failing_announced = true, strikes = 2, long_probes = 1, \
              next_probe_at = now() + {probe_in_s} * interval '1 second' WHERE organization_id = '{organization}'"
         ))
         .await;
@@ -92,7 +92,9 @@ async fn probe_now(world: &World, organization: &str) {
 
 /// Waits until so many probes were made since the last message was accepted.
 async fn probed(world: &World, organization: &str, probes: i64) {
-    let sql = format!("SELECT probes::bigint FROM smtp_configs WHERE organization_id = '{organization}'");
+    let sql = format!(
+        "SELECT (probes + long_probes)::bigint FROM smtp_configs WHERE organization_id = '{organization}'"
+    );
     eventually(&format!("{probes} probes are made"), async || {
         world.database.number(sql.as_str()).await == probes
     })
@@ -226,6 +228,27 @@ async fn trouble_that_may_pass_says_nothing_about_a_configuration_and_a_verdict_
     probe_now(&world, "acme").await;
     assert_eq!(recovered(&world, "acme").await, 0);
     assert!(!is_failing(&world, "acme").await);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_server_that_turns_a_probe_away_before_the_login_is_tried_again_within_minutes() {
+    let world = World::with(|server| {
+        server.rule(Rule::new(Stage::Banner, Action::reply("421 4.3.2 Later")).once());
+        server.rule(Rule::new(Stage::Banner, Action::Close).once());
+        server.rule(Rule::new(Stage::Auth, Action::reply("454 4.7.0 Temporary failure")).once());
+    })
+    .await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    let minutes = "SELECT round(extract(epoch FROM next_probe_at - now()) / 60)::bigint FROM smtp_configs";
+    for (probe, pause) in [(1, 5), (2, 10), (3, 240)] {
+        probe_now(&world, "acme").await;
+        probed(&world, "acme", 1 + probe).await;
+        assert_eq!(world.database.number(minutes).await, pause, "after probe {probe}");
+    }
     worker.stop().await;
     world.end().await;
 }

@@ -8,16 +8,16 @@ use sqlx::Row;
 
 use super::{SmtpConfigs, reason_from};
 use crate::model::failure::Reason;
-use crate::model::health::{Absolution, Blame, Blamed, STRIKES, UNREACHABLE_FOR, probe_pauses_s};
+use crate::model::health::{Absolution, Blame, Blamed, Pauses, STRIKES, UNREACHABLE_FOR};
 use crate::model::organization::OrganizationId;
 use crate::store::ledger::stored_count;
 use crate::store::{Store, StoreError};
 
-/// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes. What is failing keeps the reason it
-/// fails for.
+/// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones.
+/// What is failing keeps the reason it fails for.
 const BLAME: &str = "
 WITH old AS MATERIALIZED (
-    SELECT organization_id, failing_since, probes,
+    SELECT organization_id, failing_since,
         $4 OR ($3 AND (worked_at IS NULL OR strikes + 1 >= $9))
             OR ($5 AND unreachable_since <= now() - $10 * interval '1 second') AS fails
     FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
@@ -29,9 +29,11 @@ UPDATE smtp_configs AS c SET
     failing_reason = CASE WHEN old.fails THEN coalesce(c.failing_reason, $6) ELSE c.failing_reason END,
     failing_hint = CASE WHEN old.fails THEN coalesce(c.failing_hint, $7) ELSE c.failing_hint END,
     failing_announced = CASE WHEN old.fails AND c.failing_since IS NULL THEN false ELSE c.failing_announced END,
-    probes = CASE WHEN old.fails AND c.failing_since IS NULL THEN c.probes + 1 ELSE c.probes END,
+    probes = CASE WHEN old.fails AND c.failing_since IS NULL AND NOT $11 THEN c.probes + 1 ELSE c.probes END,
+    long_probes = CASE WHEN old.fails AND c.failing_since IS NULL AND $11 THEN c.long_probes + 1 ELSE c.long_probes END,
     next_probe_at = CASE WHEN old.fails AND c.failing_since IS NULL
-        THEN now() + ($8::int[])[least(c.probes + 1, cardinality($8::int[]))] * interval '1 second'
+        THEN now() + ($8::int[])[least(CASE WHEN $11 THEN c.long_probes ELSE c.probes END + 1, cardinality($8::int[]))]
+            * interval '1 second'
         ELSE c.next_probe_at END
 FROM old WHERE c.organization_id = old.organization_id
 RETURNING c.failing_since IS NOT NULL AS failing, old.fails AND old.failing_since IS NULL AS just_now";
@@ -43,9 +45,11 @@ UPDATE smtp_configs SET
     worked_at = CASE WHEN $3 THEN coalesce(worked_at, now()) ELSE worked_at END,
     strikes = CASE WHEN $3 THEN 0 ELSE strikes END,
     probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE probes END,
+    long_probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE long_probes END,
     next_probe_at = CASE WHEN $3 AND failing_since IS NOT NULL THEN now() ELSE next_probe_at END
 WHERE organization_id = $1 AND version = $2
-    AND (unreachable_since IS NOT NULL OR ($3 AND (worked_at IS NULL OR strikes > 0 OR probes > 0)))";
+    AND (unreachable_since IS NOT NULL
+        OR ($3 AND (worked_at IS NULL OR strikes > 0 OR probes > 0 OR long_probes > 0)))";
 
 /// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not.
 const RECOVER: &str = "
@@ -76,8 +80,11 @@ FROM due WHERE c.organization_id = due.organization_id
 RETURNING c.organization_id, c.version";
 
 const PROBE_FAILED: &str = "
-UPDATE smtp_configs SET failing_reason = $3, failing_hint = coalesce($4, failing_hint), probes = probes + 1,
-    next_probe_at = now() + ($5::int[])[least(probes + 1, cardinality($5::int[]))] * interval '1 second'
+UPDATE smtp_configs SET failing_reason = $3, failing_hint = coalesce($4, failing_hint),
+    probes = CASE WHEN $6 THEN probes ELSE probes + 1 END,
+    long_probes = CASE WHEN $6 THEN long_probes + 1 ELSE long_probes END,
+    next_probe_at = now() + ($5::int[])[least(CASE WHEN $6 THEN long_probes ELSE probes END + 1, cardinality($5::int[]))]
+        * interval '1 second'
 WHERE organization_id = $1 AND version = $2 AND failing_since IS NOT NULL";
 
 const FAILING_IN_USE: &str = "
@@ -122,7 +129,7 @@ impl SmtpConfigs {
         reason: Reason,
         hint: &str,
     ) -> Result<Blamed, StoreError> {
-        let blame = Blame::of(reason);
+        let (blame, pauses) = (Blame::of(reason), Pauses::after(reason));
         let question = sqlx::query(BLAME)
             .bind(organization.as_str())
             .bind(version)
@@ -131,9 +138,10 @@ impl SmtpConfigs {
             .bind(blame == Blame::Unreachable)
             .bind(reason.as_str())
             .bind(hint)
-            .bind(probe_pauses_s(reason))
+            .bind(pauses.steps_s())
             .bind(stored_count(STRIKES))
-            .bind(UNREACHABLE_FOR.as_secs_f64());
+            .bind(UNREACHABLE_FOR.as_secs_f64())
+            .bind(pauses == Pauses::Long);
         let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
         let Some(row) = row else { return Ok(Blamed::Outdated) };
         if !row.try_get::<bool, _>("failing")? {
@@ -192,8 +200,8 @@ impl SmtpConfigs {
             .collect()
     }
 
-    /// A probe found that it still does not work, and why: the next one comes after a longer pause. Without a hint the one
-    /// before stays.
+    /// A probe found that it still does not work, and why: the next one comes after a pause of this kind, longer than the last
+    /// one of it. Without a hint the one before stays.
     ///
     /// # Errors
     /// When the database did not answer.
@@ -202,13 +210,15 @@ impl SmtpConfigs {
         probe: &DueProbe,
         reason: Reason,
         hint: Option<&str>,
+        pauses: Pauses,
     ) -> Result<(), StoreError> {
         let question = sqlx::query(PROBE_FAILED)
             .bind(probe.organization.as_str())
             .bind(probe.version)
             .bind(reason.as_str())
             .bind(hint)
-            .bind(probe_pauses_s(reason));
+            .bind(pauses.steps_s())
+            .bind(pauses == Pauses::Long);
         self.store.on_session(async |session| question.execute(session).await).await.map(drop)
     }
 

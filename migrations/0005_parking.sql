@@ -7,8 +7,9 @@ ALTER TABLE smtp_configs
     ADD COLUMN worked_at timestamptz,
     -- Failures in a row that are the configuration's fault.
     ADD COLUMN strikes integer NOT NULL DEFAULT 0,
-    -- Since when no connection came about.
+    -- Since when no connection came about, and when that was last found.
     ADD COLUMN unreachable_since timestamptz,
+    ADD COLUMN unreachable_at timestamptz,
     -- Set while its mail is parked.
     ADD COLUMN failing_since timestamptz,
     ADD COLUMN failing_reason text COLLATE "C",

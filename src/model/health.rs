@@ -10,6 +10,10 @@ use super::policy::Verdict;
 /// mistake.
 pub const UNREACHABLE_FOR: Duration = Duration::from_secs(600);
 
+/// Of two failures to reach a server that are further apart, nothing says that it was out of reach in between: longer than a
+/// job of an organization that sends now and then waits for its next attempt in the first hour.
+pub const UNREACHABLE_GAP: Duration = Duration::from_secs(3600);
+
 /// Failures in a row, on different connections, that make a configuration fail that has worked before.
 pub const STRIKES: u32 = 2;
 

@@ -189,6 +189,25 @@ async fn a_server_out_of_reach_fails_after_ten_minutes_and_being_reached_ends_th
 }
 
 #[tokio::test]
+async fn a_server_that_nobody_tried_to_reach_for_an_hour_was_not_out_of_reach_meanwhile() {
+    let house = House::of(&["acme"]).await;
+    let minutes_ago = |minutes| {
+        house.database.run(format!(
+            "UPDATE smtp_configs SET unreachable_since = unreachable_since - interval '{minutes} minutes',
+             unreachable_at = unreachable_at - interval '{minutes} minutes'"
+        ))
+    };
+    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    minutes_ago(3 * 24 * 60).await;
+    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted, "it begins anew");
+    minutes_ago(9).await;
+    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted);
+    // As far apart as attempts of one job are.
+    minutes_ago(30).await;
+    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, FAILING);
+}
+
+#[tokio::test]
 async fn what_is_said_of_an_older_version_changes_nothing() {
     let house = House::of(&["acme"]).await;
     assert_eq!(house.update(SmtpConfigPatch { port: Some(465), ..Default::default() }).await.version, 2);

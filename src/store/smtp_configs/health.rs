@@ -8,23 +8,28 @@ use sqlx::Row;
 
 use super::{SmtpConfigs, reason_from};
 use crate::model::failure::Reason;
-use crate::model::health::{Absolution, Blame, Blamed, Pauses, STRIKES, UNREACHABLE_FOR};
+use crate::model::health::{Absolution, Blame, Blamed, Pauses, STRIKES, UNREACHABLE_FOR, UNREACHABLE_GAP};
 use crate::model::organization::OrganizationId;
 use crate::store::ledger::stored_count;
 use crate::store::{Store, StoreError};
 
-/// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones.
+/// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones. `$12`
+/// is the longest gap in being out of reach.
 /// What is failing keeps the reason it fails for.
 const BLAME: &str = "
 WITH old AS MATERIALIZED (
     SELECT organization_id, failing_since,
         $4 OR ($3 AND (worked_at IS NULL OR strikes + 1 >= $9))
-            OR ($5 AND unreachable_since <= now() - $10 * interval '1 second') AS fails
+            OR ($5 AND unreachable_since <= now() - $10 * interval '1 second'
+                AND unreachable_at >= now() - $12 * interval '1 second') AS fails
     FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
 )
 UPDATE smtp_configs AS c SET
     strikes = CASE WHEN $3 THEN c.strikes + 1 ELSE c.strikes END,
-    unreachable_since = CASE WHEN $5 THEN coalesce(c.unreachable_since, now()) ELSE NULL END,
+    unreachable_since = CASE WHEN NOT $5 THEN NULL
+        WHEN c.unreachable_at >= now() - $12 * interval '1 second' THEN coalesce(c.unreachable_since, now())
+        ELSE now() END,
+    unreachable_at = CASE WHEN $5 THEN now() END,
     failing_since = CASE WHEN old.fails THEN coalesce(c.failing_since, now()) ELSE c.failing_since END,
     failing_reason = CASE WHEN old.fails THEN coalesce(c.failing_reason, $6) ELSE c.failing_reason END,
     failing_hint = CASE WHEN old.fails THEN coalesce(c.failing_hint, $7) ELSE c.failing_hint END,
@@ -42,6 +47,7 @@ RETURNING c.failing_since IS NOT NULL AS failing, old.fails AND old.failing_sinc
 const ABSOLVE: &str = "
 UPDATE smtp_configs SET
     unreachable_since = NULL,
+    unreachable_at = NULL,
     worked_at = CASE WHEN $3 THEN coalesce(worked_at, now()) ELSE worked_at END,
     strikes = CASE WHEN $3 THEN 0 ELSE strikes END,
     probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE probes END,
@@ -58,7 +64,7 @@ WITH old AS MATERIALIZED (
     WHERE organization_id = $1 AND version = $2 FOR UPDATE
 ), recovered AS (
     UPDATE smtp_configs AS c SET worked_at = coalesce(c.worked_at, now()), strikes = 0, unreachable_since = NULL,
-        failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
+        unreachable_at = NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
     FROM old WHERE c.organization_id = old.organization_id
 ), noted AS (
     INSERT INTO recoveries (organization_id, recovered_at)
@@ -141,7 +147,8 @@ impl SmtpConfigs {
             .bind(pauses.steps_s())
             .bind(stored_count(STRIKES))
             .bind(UNREACHABLE_FOR.as_secs_f64())
-            .bind(pauses == Pauses::Long);
+            .bind(pauses == Pauses::Long)
+            .bind(UNREACHABLE_GAP.as_secs_f64());
         let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
         let Some(row) = row else { return Ok(Blamed::Outdated) };
         if !row.try_get::<bool, _>("failing")? {

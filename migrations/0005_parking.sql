@@ -5,6 +5,8 @@ ALTER TABLE smtp_configs
     -- When this server and these credentials were last seen to work for the first time: the first failure of one that
     -- never worked is enough to park.
     ADD COLUMN worked_at timestamptz,
+    -- A message was accepted since anything was held against it, and since it last failed.
+    ADD COLUMN proven boolean NOT NULL DEFAULT false,
     -- Failures in a row that are the configuration's fault.
     ADD COLUMN strikes integer NOT NULL DEFAULT 0,
     -- Since when no connection came about, and when that was last found.
@@ -50,6 +52,9 @@ ALTER TABLE dead_letters ADD COLUMN parked_ms bigint NOT NULL DEFAULT 0;
 
 -- A release moves it on by the time that the job was parked: its age goes on as if it had not been.
 COMMENT ON COLUMN jobs.replayed_at IS 'When it was last replayed, or from when its age counts since it was released; else first_at counts.';
+
+-- What the job was parked for when it was last released, until it is put off again or replayed.
+ALTER TABLE jobs ADD COLUMN parked_reason text COLLATE "C";
 
 -- The release takes an organization's letters oldest first.
 CREATE INDEX dead_letters_parked ON dead_letters (organization_id, died_at, letter) WHERE state = 'parked';

@@ -5,7 +5,7 @@
 use crate::model::advice::{self, ServerFacts};
 use crate::model::event::{Event, What};
 use crate::model::failure::Reason;
-use crate::model::health::{self, Absolution, Blamed};
+use crate::model::health::{self, Absolution, Blamed, Suspect};
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::Destination;
 use crate::store::{ConfigCache, SmtpConfigs, StoreError, Trouble};
@@ -27,8 +27,9 @@ pub struct Blames {
 
 impl Blames {
     /// Holds an attempt's failure against the configuration that it was made with, where that is at fault, and puts into the
-    /// report what became of it. The trouble that begins by this is returned, to be announced.
-    pub async fn blame(&self, route: &Route, report: &mut Report) -> Option<Trouble> {
+    /// report what became of it. `last` is what the same job failed for before. The trouble that begins by this is returned, to
+    /// be announced.
+    pub async fn blame(&self, route: &Route, last: Option<Reason>, report: &mut Report) -> Option<Trouble> {
         let Destination::Organization { id, version } = &route.destination else { return None };
         let reason = report.verdict.and_then(health::accusation)?;
         let account = &route.account;
@@ -36,7 +37,9 @@ impl Blames {
             Some(failure) => advice::hint(failure, ServerFacts::of(account)),
             None => advice::of_reason(reason).to_owned(),
         };
-        let (blamed, trouble) = self.note(id, *version, reason, hint).await.ok()?;
+        let phase = report.failure.as_ref().map(|failure| failure.phase);
+        let suspect = Suspect::of(reason, phase, last);
+        let (blamed, trouble) = self.note(id, *version, reason, hint, suspect).await.ok()?;
         report.blamed = Some(blamed);
         trouble
     }
@@ -51,8 +54,9 @@ impl Blames {
         version: i64,
         reason: Reason,
         hint: String,
+        suspect: Suspect,
     ) -> Result<(Blamed, Option<Trouble>), StoreError> {
-        let answer = self.configs.blame(organization, version, reason, &hint).await;
+        let answer = self.configs.blame(organization, version, reason, &hint, suspect).await;
         self.cache.invalidate(organization);
         let blamed = answer.inspect_err(|error| {
             self.database.lost(error);
@@ -77,7 +81,7 @@ impl Blames {
     ) -> Result<bool, StoreError> {
         let reason = Reason::ConfigUnreadable;
         let hint = advice::of_reason(reason).to_owned();
-        let (blamed, trouble) = self.note(organization, version, reason, hint).await?;
+        let (blamed, trouble) = self.note(organization, version, reason, hint, Suspect::Account).await?;
         if let Some(trouble) = trouble {
             self.announce(desk, trouble).await;
         }

@@ -76,6 +76,24 @@ pub enum Blame {
     Unreachable,
 }
 
+/// Whom a refusal speaks against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Suspect {
+    /// The account.
+    Account,
+    /// The message, where the account is proven: it was refused for the same before.
+    Message,
+}
+
+impl Suspect {
+    /// `last` is what the same job failed for before, across a release from where it was parked for it. Up to the login the
+    /// server knows nothing of the message.
+    pub fn of(reason: Reason, phase: Option<Phase>, last: Option<Reason>) -> Self {
+        let of_message = phase.is_some_and(|phase| phase >= Phase::Mail);
+        if of_message && last == Some(reason) { Self::Message } else { Self::Account }
+    }
+}
+
 /// What became of the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blamed {
@@ -85,7 +103,10 @@ pub enum Blamed {
         just_now: bool,
     },
     /// It was noted; the next one may be too many.
-    Noted,
+    Noted {
+        /// A message had been accepted since anything was held against it.
+        proven: bool,
+    },
     /// It was changed or deleted meanwhile: the failure says nothing of what is there now.
     Outdated,
 }
@@ -141,6 +162,21 @@ mod tests {
         }
         assert_eq!(accusation(Verdict::Account(Reason::SenderRefused)), Some(Reason::SenderRefused));
         assert_eq!(accusation(Verdict::Dead(Reason::MessageRefused)), None);
+    }
+
+    #[test]
+    fn a_message_is_suspected_when_it_is_refused_for_the_same_as_before_and_never_for_the_login() {
+        let (reason, other) = (Reason::SenderRefused, Reason::Timeout);
+        for (phase, last, suspect) in [
+            (Some(Phase::Mail), Some(reason), Suspect::Message),
+            (Some(Phase::FinalDot), Some(reason), Suspect::Message),
+            (Some(Phase::Auth), Some(reason), Suspect::Account),
+            (Some(Phase::Mail), Some(other), Suspect::Account),
+            (Some(Phase::Mail), None, Suspect::Account),
+            (None, Some(reason), Suspect::Account),
+        ] {
+            assert_eq!(Suspect::of(reason, phase, last), suspect, "{phase:?} {last:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use secrecy::SecretString;
 use sendoff::model::failure::Reason;
-use sendoff::model::health::{Absolution, Blamed, Health, Pauses};
+use sendoff::model::health::{Absolution, Blamed, Health, Pauses, Suspect};
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{AuditEntry, DueProbe, Failing, SmtpConfig, SmtpConfigPatch, SmtpConfigs, Store};
@@ -46,7 +46,17 @@ impl House {
     }
 
     async fn blame(&self, version: i64, reason: Reason) -> Blamed {
-        self.configs.blame(&acme(), version, reason, HINT).await.expect("the database answers")
+        self.blame_as(version, reason, Suspect::Account).await
+    }
+
+    async fn blame_as(&self, version: i64, reason: Reason, suspect: Suspect) -> Blamed {
+        self.configs.blame(&acme(), version, reason, HINT, suspect).await.expect("the database answers")
+    }
+
+    /// Holds this against it, which is not enough.
+    async fn note(&self, reason: Reason) {
+        let blamed = self.blame(1, reason).await;
+        assert!(matches!(blamed, Blamed::Noted { .. }), "{reason}: {blamed:?}");
     }
 
     async fn absolve(&self, version: i64, by: Absolution) {
@@ -131,7 +141,7 @@ async fn of_many_who_see_a_configuration_fail_at_once_one_is_told_that_it_begins
 async fn a_configuration_that_has_worked_fails_at_the_second_refusal_in_a_row() {
     let house = House::of(&["acme"]).await;
     house.works().await;
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
     assert!(house.health().await.blemished);
     house.absolve(1, Absolution::Reached).await;
     assert!(house.health().await.blemished, "to be reached says nothing of the password");
@@ -140,10 +150,37 @@ async fn a_configuration_that_has_worked_fails_at_the_second_refusal_in_a_row() 
         house.health().await,
         Health { worked: true, blemished: false, unreached: false, failing: None }
     );
-    assert_eq!(house.blame(1, Reason::SenderRefused).await, Blamed::Noted, "a success came between");
+    // A success came between.
+    house.note(Reason::SenderRefused).await;
     assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING_ALREADY);
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
+}
+
+#[tokio::test]
+async fn a_message_that_is_refused_again_counts_only_until_others_got_through() {
+    let house = House::of(&["acme"]).await;
+    let again = async || house.blame_as(1, Reason::SenderRefused, Suspect::Message).await;
+    house.works().await;
+    for _ in 0..5 {
+        assert_eq!(again().await, Blamed::Noted { proven: true });
+    }
+    assert!(!house.health().await.blemished);
+    house.note(Reason::SenderRefused).await;
+    assert_eq!(again().await, FAILING, "behind another's it is the second in a row");
+    // A test shows the login alone, and an update nothing yet.
+    for anew in [false, true] {
+        house.absolve(1, Absolution::Worked).await;
+        let version = if anew {
+            house.update(SmtpConfigPatch { port: Some(465), ..Default::default() }).await.version
+        } else {
+            1
+        };
+        assert!(house.recovered(version).await);
+        let blame = async || house.blame_as(version, Reason::SenderRefused, Suspect::Message).await;
+        assert_eq!(blame().await, Blamed::Noted { proven: false });
+        assert_eq!(blame().await, FAILING);
+    }
 }
 
 #[tokio::test]
@@ -151,7 +188,7 @@ async fn two_refusals_at_once_are_two_in_a_row() {
     let house = House::of(&["acme"]).await;
     house.works().await;
     let told = join_all((0..2).map(|_| house.blame(1, Reason::AuthFailed))).await;
-    assert!(told.contains(&Blamed::Noted) && told.contains(&FAILING), "{told:?}");
+    assert!(told.contains(&Blamed::Noted { proven: true }) && told.contains(&FAILING), "{told:?}");
 }
 
 #[tokio::test]
@@ -173,17 +210,18 @@ async fn a_server_out_of_reach_fails_after_ten_minutes_and_being_reached_ends_th
             "UPDATE smtp_configs SET unreachable_since = unreachable_since - interval '{minutes} minutes'"
         ))
     };
-    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    house.note(Reason::ConnectFailed).await;
     minutes_ago(9).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted);
+    house.note(Reason::ConnectTimeout).await;
     minutes_ago(2).await;
     house.absolve(1, Absolution::Reached).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted, "it begins anew");
+    // It begins anew.
+    house.note(Reason::ConnectTimeout).await;
     minutes_ago(11).await;
     // A refusal comes from a server that was reached.
     house.database.run("UPDATE smtp_configs SET worked_at = now()").await;
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
-    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
+    house.note(Reason::ConnectFailed).await;
     minutes_ago(11).await;
     assert_eq!(house.blame(1, Reason::ConnectFailed).await, FAILING);
 }
@@ -197,11 +235,12 @@ async fn a_server_that_nobody_tried_to_reach_for_an_hour_was_not_out_of_reach_me
              unreachable_at = unreachable_at - interval '{minutes} minutes'"
         ))
     };
-    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    house.note(Reason::ConnectFailed).await;
     minutes_ago(3 * 24 * 60).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted, "it begins anew");
+    // It begins anew.
+    house.note(Reason::ConnectTimeout).await;
     minutes_ago(9).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted);
+    house.note(Reason::ConnectTimeout).await;
     // As far apart as attempts of one job are.
     minutes_ago(30).await;
     assert_eq!(house.blame(1, Reason::ConnectTimeout).await, FAILING);
@@ -221,7 +260,7 @@ async fn what_is_said_of_an_older_version_changes_nothing() {
     house.probe_failed(&of_another, Reason::TlsFailed, Some(""), Pauses::Short).await;
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let nobody = OrganizationId::parse("beta").expect("an id");
-    let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "").await;
+    let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "", Suspect::Account).await;
     assert_eq!(gone.expect("the database answers"), Blamed::Outdated);
 }
 
@@ -276,7 +315,8 @@ async fn the_pauses_go_on_after_a_test_went_well_until_a_message_is_accepted() {
         house.health().await,
         Health { worked: true, blemished: true, unreached: false, failing: None }
     );
-    assert_eq!(house.blame(1, Reason::TlsFailed).await, Blamed::Noted, "the test has shown that it works");
+    // The test has shown that it works.
+    house.note(Reason::TlsFailed).await;
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING);
     assert_eq!(house.next_probe_s().await, 600);
     assert!(house.recovered(1).await);
@@ -315,7 +355,7 @@ async fn a_test_that_went_well_opens_the_way_once_and_notes_the_recovery() {
     assert!(!house.recovered(1).await, "it was not failing");
     assert_eq!(house.recoveries().await, 0);
     // The test has shown that it works, so it takes two.
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING);
     let told = join_all((0..4).map(|_| house.recovered(1))).await;
     assert_eq!(told.iter().filter(|was| **was).count(), 1, "{told:?}");
@@ -347,10 +387,10 @@ async fn an_update_of_a_working_configuration_forgets_what_the_old_server_has_sh
     house.blame(1, Reason::AuthFailed).await;
     let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
     house.update(name).await;
-    assert_eq!(
-        house.health().await,
-        Health { worked: true, blemished: false, unreached: false, failing: None }
-    );
+    assert!(house.health().await.worked);
+    // What was held against the version before counts no longer.
+    let blamed = house.blame(2, Reason::AuthFailed).await;
+    assert!(matches!(blamed, Blamed::Noted { .. }), "{blamed:?}");
     house.update(SmtpConfigPatch { password: Some("x".into()), ..Default::default() }).await;
     assert_eq!(house.health().await, Health::default());
     assert!(house.probes(true, 10).await.is_empty());

@@ -182,7 +182,7 @@ impl SmtpConfigs {
                  last_test_at = CASE WHEN $10 THEN NULL ELSE last_test_at END,
                  last_test_ok = CASE WHEN $10 THEN NULL ELSE last_test_ok END,
                  last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END,
-                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, strikes = 0, unreachable_since = NULL,
+                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, proven = proven AND NOT $11, strikes = 0, unreachable_since = NULL,
                  unreachable_at = NULL, probes = 0, long_probes = 0,
                  next_probe_at = CASE WHEN failing_since IS NULL THEN NULL ELSE now() END
              WHERE organization_id = $1 RETURNING ",

@@ -8,24 +8,30 @@ use sqlx::Row;
 
 use super::{SmtpConfigs, reason_from};
 use crate::model::failure::Reason;
-use crate::model::health::{Absolution, Blame, Blamed, Pauses, STRIKES, UNREACHABLE_FOR, UNREACHABLE_GAP};
+use crate::model::health::{
+    Absolution, Blame, Blamed, Pauses, STRIKES, Suspect, UNREACHABLE_FOR, UNREACHABLE_GAP,
+};
 use crate::model::organization::OrganizationId;
 use crate::store::ledger::stored_count;
 use crate::store::{Store, StoreError};
 
 /// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones. `$12`
-/// is the longest gap in being out of reach.
+/// is the longest gap in being out of reach. `$13`: a refusal of the message's, where others got through.
 /// What is failing keeps the reason it fails for.
 const BLAME: &str = "
-WITH old AS MATERIALIZED (
-    SELECT organization_id, failing_since,
-        $4 OR ($3 AND (worked_at IS NULL OR strikes + 1 >= $9))
+WITH seen AS MATERIALIZED (
+    SELECT *, $3 AND NOT ($13 AND proven) AS counts
+    FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
+), old AS (
+    SELECT organization_id, failing_since, proven, counts,
+        $4 OR (counts AND (worked_at IS NULL OR strikes + 1 >= $9))
             OR ($5 AND unreachable_since <= now() - $10 * interval '1 second'
                 AND unreachable_at >= now() - $12 * interval '1 second') AS fails
-    FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
+    FROM seen
 )
 UPDATE smtp_configs AS c SET
-    strikes = CASE WHEN $3 THEN c.strikes + 1 ELSE c.strikes END,
+    strikes = CASE WHEN old.counts THEN c.strikes + 1 ELSE c.strikes END,
+    proven = c.proven AND NOT old.counts AND NOT old.fails,
     unreachable_since = CASE WHEN NOT $5 THEN NULL
         WHEN c.unreachable_at >= now() - $12 * interval '1 second' THEN coalesce(c.unreachable_since, now())
         ELSE now() END,
@@ -41,7 +47,7 @@ UPDATE smtp_configs AS c SET
             * interval '1 second'
         ELSE c.next_probe_at END
 FROM old WHERE c.organization_id = old.organization_id
-RETURNING c.failing_since IS NOT NULL AS failing, old.fails AND old.failing_since IS NULL AS just_now";
+RETURNING c.failing_since IS NOT NULL AS failing, old.fails AND old.failing_since IS NULL AS just_now, old.proven";
 
 /// A message that was accepted while the configuration is failing is a reason to look at once.
 const ABSOLVE: &str = "
@@ -49,13 +55,14 @@ UPDATE smtp_configs SET
     unreachable_since = NULL,
     unreachable_at = NULL,
     worked_at = CASE WHEN $3 THEN coalesce(worked_at, now()) ELSE worked_at END,
+    proven = proven OR $3,
     strikes = CASE WHEN $3 THEN 0 ELSE strikes END,
     probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE probes END,
     long_probes = CASE WHEN $3 AND failing_since IS NULL THEN 0 ELSE long_probes END,
     next_probe_at = CASE WHEN $3 AND failing_since IS NOT NULL THEN now() ELSE next_probe_at END
 WHERE organization_id = $1 AND version = $2
     AND (unreachable_since IS NOT NULL
-        OR ($3 AND (worked_at IS NULL OR strikes > 0 OR probes > 0 OR long_probes > 0)))";
+        OR ($3 AND (NOT proven OR worked_at IS NULL OR strikes > 0 OR probes > 0 OR long_probes > 0)))";
 
 /// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not.
 const RECOVER: &str = "
@@ -64,7 +71,7 @@ WITH old AS MATERIALIZED (
     WHERE organization_id = $1 AND version = $2 FOR UPDATE
 ), recovered AS (
     UPDATE smtp_configs AS c SET worked_at = coalesce(c.worked_at, now()), strikes = 0, unreachable_since = NULL,
-        unreachable_at = NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
+        unreachable_at = NULL, proven = c.proven AND c.failing_since IS NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
     FROM old WHERE c.organization_id = old.organization_id
 ), noted AS (
     INSERT INTO recoveries (organization_id, recovered_at)
@@ -134,6 +141,7 @@ impl SmtpConfigs {
         version: i64,
         reason: Reason,
         hint: &str,
+        suspect: Suspect,
     ) -> Result<Blamed, StoreError> {
         let (blame, pauses) = (Blame::of(reason), Pauses::after(reason));
         let question = sqlx::query(BLAME)
@@ -148,11 +156,12 @@ impl SmtpConfigs {
             .bind(stored_count(STRIKES))
             .bind(UNREACHABLE_FOR.as_secs_f64())
             .bind(pauses == Pauses::Long)
-            .bind(UNREACHABLE_GAP.as_secs_f64());
+            .bind(UNREACHABLE_GAP.as_secs_f64())
+            .bind(suspect == Suspect::Message);
         let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
         let Some(row) = row else { return Ok(Blamed::Outdated) };
         if !row.try_get::<bool, _>("failing")? {
-            return Ok(Blamed::Noted);
+            return Ok(Blamed::Noted { proven: row.try_get("proven")? });
         }
         Ok(Blamed::Failing { just_now: row.try_get::<Option<bool>, _>("just_now")?.unwrap_or(false) })
     }

@@ -5,10 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -26,7 +28,9 @@ use crate::model::organization::OrganizationId;
 use crate::model::parking::{self, Parked, ParkingRules};
 use crate::model::ramp::Ramps;
 use crate::shutdown::Shutdown;
-use crate::store::{Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError};
+use crate::store::{
+    Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError, Unopened,
+};
 
 /// Who has it releases and buries for all workers.
 const LEASE: &str = "parked letters";
@@ -34,6 +38,10 @@ const LEASE: &str = "parked letters";
 const LEASE_PERIOD: Duration = Duration::from_secs(15);
 /// Between two questions for it, the holder's or another's.
 const LEASE_PAUSE: Duration = Duration::from_secs(3);
+/// A worker that lacks a letter's key leaves the lease for so long to one that may have it, which has asked for it by then.
+const SIT_OUT: Duration = Duration::from_secs(10);
+/// Where none has taken it, none of them may have the key: the worker goes on with the other letters for so long.
+const GO_ON: Duration = Duration::from_secs(60);
 /// Between two steps.
 const STEP: Duration = Duration::from_millis(500);
 /// Between two rounds through everything that is parked.
@@ -65,6 +73,8 @@ pub struct Releaser {
     pub limits: WireLimits,
     /// Whose mail is parked, and for how long.
     pub rules: ParkingRules,
+    /// Told when a letter is sealed under a key that the ring lacks: the worker is then not ready.
+    pub key_missing: Arc<Notify>,
     /// Time.
     pub clock: Clock,
     /// A drain ends it after the step in hand.
@@ -81,12 +91,17 @@ struct Progress {
     /// Behind letters that cannot be released, so that they stop nobody else's.
     behind: HashMap<OrganizationId, Place>,
     stuck: HashSet<LetterId>,
+    /// It has come upon a letter whose key another worker may have.
+    keyless: bool,
+    /// Until then such a letter does not make it leave the lease.
+    goes_on_until: Instant,
     /// Where the round is; none between two of them.
     round: Option<Option<Place>>,
     next_round: Instant,
 }
 
 impl Progress {
+    /// As of the time when the lease is taken.
     fn new() -> Self {
         let now = Instant::now();
         Self {
@@ -96,6 +111,8 @@ impl Progress {
             ramps: Ramps::default(),
             behind: HashMap::new(),
             stuck: HashSet::new(),
+            keyless: false,
+            goes_on_until: now,
             round: None,
             next_round: now,
         }
@@ -133,7 +150,7 @@ impl Releaser {
         if Instant::now() >= progress.ask_at {
             let held = self.store.take_lease(LEASE, holder, LEASE_PERIOD).await?;
             if !held {
-                *progress = Progress::new();
+                *progress = Progress { goes_on_until: progress.goes_on_until, ..Progress::new() };
             }
             (progress.held, progress.ask_at) = (held, Instant::now() + LEASE_PAUSE);
         }
@@ -142,7 +159,22 @@ impl Releaser {
         }
         self.release(progress).await?;
         self.go_round(progress).await?;
-        self.announce_recoveries(progress).await
+        self.announce_recoveries(progress).await?;
+        self.leave_to_others(holder, progress).await
+    }
+
+    /// Gives the lease away where a letter's key is missing here. Whoever takes it meets that letter as well: of several workers
+    /// the one that has the key keeps the lease.
+    async fn leave_to_others(&self, holder: Uuid, progress: &mut Progress) -> Result<(), StoreError> {
+        let now = Instant::now();
+        if !progress.keyless || now < progress.goes_on_until {
+            return Ok(());
+        }
+        tracing::debug!("parked letters are left to a worker that has their key");
+        self.store.give_back_lease(LEASE, holder).await?;
+        let ask_at = now + SIT_OUT;
+        *progress = Progress { ask_at, goes_on_until: ask_at + GO_ON, ..Progress::new() };
+        Ok(())
     }
 
     /// The next letters of each organization whose mail flows.
@@ -225,7 +257,8 @@ impl Releaser {
         self.carry_out(&ids, outgoing, false).await
     }
 
-    /// Opens letters; those that cannot be released are told apart, and each is logged once.
+    /// Opens letters; those that cannot be released are told apart. Of these, each that nobody can open is logged once, and
+    /// `smtp_config.recovered` does not wait for it.
     async fn open(
         &self,
         letters: Vec<Letter>,
@@ -241,10 +274,16 @@ impl Releaser {
                 Some(Err(error)) => error.to_string(),
                 _ => "its body is no job, or no lane takes it".to_owned(),
             };
+            let keyless = matches!(content, Some(Err(Unopened::UnknownKey { .. })));
             let read = || judge::ready(&letter, content, &ways, None);
             let ready = if letter.bytes < HEAVY_BYTES { read() } else { tokio::task::block_in_place(read) };
             match ready {
                 Ok(ready) => drop(outgoing.insert(letter.letter, (letter, ready))),
+                Err(_) if keyless => {
+                    progress.keyless = true;
+                    self.key_missing.notify_one();
+                    stuck.push(letter);
+                }
                 Err(_) => {
                     if progress.stuck.len() >= STUCK_MAX {
                         progress.stuck.clear();

@@ -2,7 +2,8 @@
 //! Guarantee: each probe is one connection of one worker's; one whose worker died is made later by another; a slow server
 //! holds up no other's probe, and trouble that may pass by itself says nothing about the configuration.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::task::{JoinHandle, JoinSet};
@@ -36,19 +37,25 @@ enum Found {
     Works,
     /// It does not; without a hint the one before stays. Then the next probe.
     Fails(Reason, Option<String>, Pauses),
-    /// Nothing that this worker could judge.
-    Nothing,
+    /// Nothing that this worker could judge: another has the key.
+    Keyless(String),
 }
 
 /// Makes probes for as long as the worker runs.
 pub struct Prober {
-    /// What it shares with the lanes.
-    pub worker: Arc<Worker>,
-    /// Opens sessions outside the pool: what is kept there was opened when all was well.
-    pub connector: SmtpConnector,
+    worker: Arc<Worker>,
+    connector: SmtpConnector,
+    /// Ids of keys that it has come upon and that the worker's ring lacks: until its end, for a ring does not change.
+    lacking: Mutex<BTreeSet<String>>,
 }
 
 impl Prober {
+    /// `worker` is what it shares with the lanes. The connector opens sessions outside the pool: what is kept there was opened
+    /// when all was well.
+    pub fn new(worker: Arc<Worker>, connector: SmtpConnector) -> Self {
+        Self { worker, connector, lacking: Mutex::default() }
+    }
+
     /// Until the worker takes no new work; probes under way are left to their lease.
     pub async fn run(self) {
         let this = Arc::new(self);
@@ -85,7 +92,12 @@ impl Prober {
             return Ok(Vec::new());
         }
         let for_all = self.worker.limits.custom_smtp == CustomSmtp::All;
-        self.worker.blames.configs.claim_probes(for_all, limit, self.limit() + GRACE).await
+        let lacking: Vec<String> = self.lacking().iter().cloned().collect();
+        self.worker.blames.configs.claim_probes(for_all, limit, self.limit() + GRACE, &lacking).await
+    }
+
+    fn lacking(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.lacking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the database does not answer, the probe is made again when its lease has ended.
@@ -104,15 +116,14 @@ impl Prober {
         };
         let found = match &facts.account {
             StoredAccount::Ready { account, .. } => return self.connect(probe, account, failing).await,
-            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { .. }, .. } => {
-                self.worker.key_missing.notify_one();
-                Found::Nothing
+            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { id }, .. } => {
+                Found::Keyless(id.clone())
             }
             StoredAccount::Unreadable { .. } => {
                 let reason = Reason::ConfigUnreadable;
                 Found::Fails(reason, Some(advice::of_reason(reason).to_owned()), Pauses::after(reason))
             }
-            StoredAccount::None => Found::Nothing,
+            StoredAccount::None => return Ok(()),
         };
         self.record(probe, found).await
     }
@@ -143,7 +154,12 @@ impl Prober {
         let DueProbe { organization, version } = probe;
         let configs = &self.worker.blames.configs;
         match found {
-            Found::Nothing => return Ok(()),
+            Found::Keyless(id) => {
+                tracing::debug!(%organization, key = id, "a probe is left to a worker that has its key");
+                self.worker.key_missing.notify_one();
+                self.lacking().insert(id);
+                return configs.give_back_probe(probe).await;
+            }
             Found::Works => {
                 if configs.recovered(organization, *version).await? {
                     tracing::info!(%organization, version, "a configuration works again");

@@ -75,7 +75,7 @@ impl House {
 
     async fn probes(&self, for_all: bool, limit: u32) -> Vec<DueProbe> {
         let lease = Duration::from_secs(60);
-        self.configs.claim_probes(for_all, limit, lease).await.expect("the database answers")
+        self.configs.claim_probes(for_all, limit, lease, &[]).await.expect("the database answers")
     }
 
     async fn config(&self) -> SmtpConfig {

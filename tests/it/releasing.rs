@@ -22,12 +22,12 @@ use crate::support::world::{PASSWORD, SOON, World, job};
 /// For many jobs on a machine that is busy with other tests.
 const A_WHILE: Duration = Duration::from_secs(180);
 
-fn id_of(job: &Value) -> Uuid {
+pub(crate) fn id_of(job: &Value) -> Uuid {
     job["id"].as_str().and_then(|id| id.parse().ok()).expect("a job of a test has an id")
 }
 
 /// The letter of a job that was parked so many seconds ago, for its organization's password was refused.
-fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
+pub(crate) fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
     let body = serde_json::to_vec(job).expect("JSON");
     let organization = job["organization_id"].as_str().map(|id| OrganizationId::parse(id).expect("an id"));
     let died_at = Clock::system().now() - Duration::from_secs(ago_s);
@@ -50,7 +50,7 @@ fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
 }
 
 /// Parks jobs as a worker does, the first one the longest ago: in the ledger and in the archive.
-async fn park(world: &World, jobs: &[Value]) {
+pub(crate) async fn park(world: &World, jobs: &[Value]) {
     let count = jobs.len() as u64;
     let letters: Vec<NewLetter> =
         (0..).zip(jobs).map(|(nth, job)| parked_letter(job, 60 + count - nth)).collect();
@@ -60,17 +60,17 @@ async fn park(world: &World, jobs: &[Value]) {
     world.database.run(ENTER_PARKED).await;
 }
 
-const ENTER_PARKED: &str = "
+pub(crate) const ENTER_PARKED: &str = "
 INSERT INTO jobs (id, organization_id, body_hash, state, turn, owner, attempts, spared, first_at, updated_at, reason, detail)
 SELECT job_id, organization_id, body_hash, 'parked', turn, 0, attempts, attempts, first_at, died_at, reason, detail
 FROM dead_letters WHERE state = 'parked' ON CONFLICT DO NOTHING";
 
-fn jobs(organization: &str, count: usize) -> Vec<Value> {
+pub(crate) fn jobs(organization: &str, count: usize) -> Vec<Value> {
     (0..count).map(|_| job(Some(organization))).collect()
 }
 
 /// Makes a configuration fail as its server's refusals would, with its next probe in so many seconds.
-async fn fail(world: &World, organization: &str, probe_in_s: i64) {
+pub(crate) async fn fail(world: &World, organization: &str, probe_in_s: i64) {
     world
         .database
         .run(format!(
@@ -81,7 +81,7 @@ async fn fail(world: &World, organization: &str, probe_in_s: i64) {
         .await;
 }
 
-async fn probe_now(world: &World, organization: &str) {
+pub(crate) async fn probe_now(world: &World, organization: &str) {
     world
         .database
         .run(format!(
@@ -112,7 +112,7 @@ async fn count_of(world: &World, state: &str) -> i64 {
     world.database.number(format!("SELECT count(*) FROM dead_letters WHERE state = '{state}'")).await
 }
 
-async fn recovered(world: &World, organization: &str) -> u64 {
+pub(crate) async fn recovered(world: &World, organization: &str) -> u64 {
     let of =
         |event: &Value| event["type"] == "smtp_config.recovered" && event["organization_id"] == organization;
     world.events.wait_for(of, SOON).await["released"].as_u64().expect("a count")
@@ -128,7 +128,7 @@ fn taken(server: &SmtpServer) -> Vec<Uuid> {
 }
 
 /// Each of these jobs once, and no other.
-fn assert_once(server: &SmtpServer, jobs: &[Value]) {
+pub(crate) fn assert_once(server: &SmtpServer, jobs: &[Value]) {
     let (mut taken, mut expected) = (taken(server), jobs.iter().map(id_of).collect::<Vec<_>>());
     taken.sort_unstable();
     expected.sort_unstable();

@@ -13,6 +13,7 @@ use crate::model::health::{
 };
 use crate::model::organization::OrganizationId;
 use crate::store::ledger::stored_count;
+use crate::store::sealed_keys::key_of;
 use crate::store::{Store, StoreError};
 
 /// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones. `$12`
@@ -80,17 +81,30 @@ WITH old AS MATERIALIZED (
 )
 SELECT failing_since IS NOT NULL AS was_failing FROM old";
 
-/// The lease is the time until which nobody else takes the probe. One whose server is not in use is left alone.
-const CLAIM_PROBES: &str = "
+/// The lease is the time until which nobody else takes the probe. One whose server is not in use is left alone, and so is one
+/// whose credentials are under a key of `$4`.
+const CLAIM_PROBES: &str = concat!(
+    "
 WITH due AS MATERIALIZED (
     SELECT c.organization_id FROM smtp_configs AS c JOIN organizations AS o USING (organization_id)
     WHERE c.failing_since IS NOT NULL AND c.next_probe_at <= now() AND ($1 OR o.custom_smtp)
+        AND (",
+    key_of!("c.username_sealed"),
+    " <> ALL ($4)) IS NOT FALSE
+        AND (",
+    key_of!("c.password_sealed"),
+    " <> ALL ($4)) IS NOT FALSE
     ORDER BY c.next_probe_at LIMIT $2
     FOR UPDATE OF c SKIP LOCKED
 )
 UPDATE smtp_configs AS c SET next_probe_at = now() + $3 * interval '1 second'
 FROM due WHERE c.organization_id = due.organization_id
-RETURNING c.organization_id, c.version";
+RETURNING c.organization_id, c.version"
+);
+
+const GIVE_BACK_PROBE: &str = "
+UPDATE smtp_configs SET next_probe_at = now()
+WHERE organization_id = $1 AND version = $2 AND failing_since IS NOT NULL";
 
 const PROBE_FAILED: &str = "
 UPDATE smtp_configs SET failing_reason = $3, failing_hint = coalesce($4, failing_hint),
@@ -193,7 +207,7 @@ impl SmtpConfigs {
     }
 
     /// Probes that are due, at most `limit`, the longest due first: they are the caller's for `lease`. `for_all`: no feature
-    /// flag is asked for.
+    /// flag is asked for. `lacking`: ids of keys that the caller has not, whose probes it leaves to others.
     ///
     /// # Errors
     /// When the database did not answer.
@@ -202,9 +216,13 @@ impl SmtpConfigs {
         for_all: bool,
         limit: u32,
         lease: Duration,
+        lacking: &[String],
     ) -> Result<Vec<DueProbe>, StoreError> {
-        let question =
-            sqlx::query(CLAIM_PROBES).bind(for_all).bind(i64::from(limit)).bind(lease.as_secs_f64());
+        let question = sqlx::query(CLAIM_PROBES)
+            .bind(for_all)
+            .bind(i64::from(limit))
+            .bind(lease.as_secs_f64())
+            .bind(lacking);
         let rows = self.store.on_session(async |session| question.fetch_all(session).await).await?;
         rows.iter()
             .map(|row| {
@@ -214,6 +232,15 @@ impl SmtpConfigs {
                 })
             })
             .collect()
+    }
+
+    /// A probe that its holder cannot make is due again, for whoever can.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn give_back_probe(&self, probe: &DueProbe) -> Result<(), StoreError> {
+        let question = sqlx::query(GIVE_BACK_PROBE).bind(probe.organization.as_str()).bind(probe.version);
+        self.store.on_session(async |session| question.execute(session).await).await.map(drop)
     }
 
     /// A probe found that it still does not work, and why: the next one comes after a pause of this kind, longer than the last

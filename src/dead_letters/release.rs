@@ -127,11 +127,20 @@ impl Releaser {
     pub async fn run(self) {
         let holder = self.clock.new_id();
         let mut progress = Progress::new();
+        let mut refusals = 0_u64;
         while !self.shutdown.is_draining() {
             let step = AssertUnwindSafe(self.step(holder, &mut progress)).catch_unwind().await;
             match step {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "parked letters could not be looked at now"),
+                Ok(Ok(())) => refusals = 0,
+                Ok(Err(error)) => {
+                    // One may be a deadlock, which was somebody else's turn.
+                    refusals += u64::from(matches!(error, StoreError::Internal(_)));
+                    if refusals == 2 {
+                        tracing::warn!(%error, "the database refuses what is to be done with parked letters; it is tried again");
+                    } else {
+                        tracing::debug!(%error, "parked letters could not be looked at now");
+                    }
+                }
                 Err(_) => {
                     tracing::error!("releasing parked letters panicked; it begins anew");
                     progress = Progress::new();
@@ -157,10 +166,14 @@ impl Releaser {
         if !progress.held {
             return Ok(());
         }
-        self.release(progress).await?;
-        self.go_round(progress).await?;
-        self.announce_recoveries(progress).await?;
-        self.leave_to_others(holder, progress).await
+        // What is refused in one part is no reason to leave out the others.
+        let done = [
+            go_on(self.release(progress).await)?,
+            go_on(self.go_round(progress).await)?,
+            go_on(self.announce_recoveries(progress).await)?,
+            go_on(self.leave_to_others(holder, progress).await)?,
+        ];
+        done.into_iter().find_map(|refusal| refusal).map_or(Ok(()), Err)
     }
 
     /// Gives the lease away where a letter's key is missing here. Whoever takes it meets that letter as well: of several workers
@@ -417,6 +430,15 @@ impl Releaser {
             self.store.forget_recovery(&recovery).await?;
         }
         Ok(())
+    }
+}
+
+/// A refusal, to be told later; a database that is away ends the step.
+fn go_on(part: Result<(), StoreError>) -> Result<Option<StoreError>, StoreError> {
+    match part {
+        Err(error @ StoreError::Internal(_)) => Ok(Some(error)),
+        Err(error) => Err(error),
+        Ok(()) => Ok(None),
     }
 }
 

@@ -691,6 +691,40 @@ async fn a_letter_that_cannot_be_opened_stays_and_stops_nobody_else() {
 }
 
 #[tokio::test]
+async fn a_release_that_the_database_refuses_is_told_once_and_keeps_no_burial_and_no_recovery_back() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    for organization in ["acme", "other", "fails"] {
+        world.organization(organization).await;
+        fail(&world, organization, 3600).await;
+    }
+    let (stays, mut dies) = (job(Some("acme")), job(Some("fails")));
+    dies["expires_at"] = json!("2026-01-01T00:00:00Z");
+    park(&world, std::slice::from_ref(&stays)).await;
+    world
+        .database
+        .run(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';
+             CREATE TRIGGER refuse BEFORE UPDATE ON dead_letters FOR EACH ROW
+                 WHEN (NEW.replay_turn IS DISTINCT FROM OLD.replay_turn) EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    probe_now(&world, "acme").await;
+    let complaint = "the database refuses what is to be done with parked letters";
+    worker.logs(complaint).await;
+    park(&world, std::slice::from_ref(&dies)).await;
+    world.event("email.expired", id_of(&dies)).await;
+    probe_now(&world, "other").await;
+    assert_eq!(recovered(&world, "other").await, 0);
+    assert_eq!(worker.log().matches(complaint).count(), 1);
+    assert_eq!(world.letter(id_of(&stays)).await.state, LetterState::Parked);
+    world.database.run("DROP TRIGGER refuse ON dead_letters").await;
+    world.received(1).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_lease_has_one_holder_until_it_ends_or_is_given_back() {
     let database = TestDatabase::migrated().await;
     let (store, period) = (database.store(), Duration::from_secs(60));

@@ -16,8 +16,8 @@ ALTER TABLE smtp_configs
     ADD COLUMN failing_since timestamptz,
     ADD COLUMN failing_reason text COLLATE "C",
     ADD COLUMN failing_hint text,
-    -- `smtp_config.failing` has been published.
-    ADD COLUMN failing_announced boolean NOT NULL DEFAULT true,
+    -- When somebody else may publish `smtp_config.failing`; NULL once it is published.
+    ADD COLUMN announce_at timestamptz,
     -- Pauses between probes since a message was last accepted, those that keep a refused password from being tried again for
     -- themselves: of each kind one is longer than the one before.
     ADD COLUMN probes integer NOT NULL DEFAULT 0,
@@ -30,7 +30,11 @@ CREATE INDEX smtp_configs_failing ON smtp_configs (next_probe_at) WHERE failing_
 CREATE TABLE recoveries (
     organization_id text        COLLATE "C" PRIMARY KEY,
     recovered_at    timestamptz NOT NULL,
-    released        bigint      NOT NULL DEFAULT 0
+    released        bigint      NOT NULL DEFAULT 0,
+    -- What it had failed for, where nobody has published that yet; NULL without a version.
+    failing_version bigint,
+    failing_reason  text        COLLATE "C",
+    failing_hint    text
 );
 
 -- What one worker does for all: it holds a lease, and renews it while it lives.

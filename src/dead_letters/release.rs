@@ -29,7 +29,7 @@ use crate::model::parking::{self, Parked, ParkingRules};
 use crate::model::ramp::Ramps;
 use crate::shutdown::Shutdown;
 use crate::store::{
-    Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError, Unopened,
+    Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError, Trouble, Unopened,
 };
 
 /// Who has it releases and buries for all workers.
@@ -417,6 +417,13 @@ impl Releaser {
     async fn announce_recoveries(&self, progress: &Progress) -> Result<(), StoreError> {
         let stuck: Vec<LetterId> = progress.stuck.iter().copied().collect();
         for recovery in self.store.finished_recoveries(&stuck).await? {
+            if let Some(Trouble { organization, version, reason, hint }) = &recovery.unannounced {
+                let what = What::ConfigFailing { version: *version, reason: *reason, hint: hint.clone() };
+                if !self.announce(&Event::of_organization(self.clock.now(), organization.clone(), what)).await
+                {
+                    break;
+                }
+            }
             let what = What::ConfigRecovered { released: recovery.released };
             let event = Event::of_organization(self.clock.now(), recovery.organization.clone(), what);
             if !self.announce(&event).await {

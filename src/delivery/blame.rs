@@ -2,10 +2,12 @@
 //! Guarantee: whether an organization's mail is parked is known before the attempt that failed lets the next one start; where
 //! the database does not answer, nothing is parked.
 
+use std::time::Duration;
+
 use crate::model::advice::{self, ServerFacts};
 use crate::model::event::{Event, What};
 use crate::model::failure::Reason;
-use crate::model::health::{self, Absolution, Blamed, Suspect};
+use crate::model::health::{self, ANNOUNCED_WITHIN, Absolution, Blamed, Suspect};
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::Destination;
 use crate::store::{ConfigCache, SmtpConfigs, StoreError, Trouble};
@@ -14,6 +16,9 @@ use super::attempt::Report;
 use super::database::DatabaseWatch;
 use super::route::Route;
 use super::settle::Desk;
+
+/// For the record that it is announced.
+const MARGIN: Duration = Duration::from_secs(10);
 
 /// Where it is told.
 pub struct Blames {
@@ -98,12 +103,14 @@ impl Blames {
         }
     }
 
-    /// Publishes `smtp_config.failing`. A worker that ends before that leaves it to whoever looks for what is unannounced.
+    /// Publishes `smtp_config.failing`. A worker that cannot in time leaves it to whoever looks for what is unannounced: one at
+    /// a time.
     pub async fn announce(&self, desk: &Desk, trouble: Trouble) {
         let Trouble { organization, version, reason, hint } = trouble;
         let what = What::ConfigFailing { version, reason, hint };
         let event = Event::of_organization(desk.clock.now(), organization.clone(), what);
-        if desk.announce(&event).await.is_err() {
+        let announced = tokio::time::timeout(ANNOUNCED_WITHIN - MARGIN, desk.announce(&event)).await;
+        if !matches!(announced, Ok(Ok(()))) {
             return;
         }
         if let Err(error) = self.configs.announced(&organization, version).await {

@@ -27,8 +27,6 @@ const PROBES: usize = 16;
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// So long after its limit a probe that has brought no verdict is taken by another worker: it takes the goodbye and the record.
 const GRACE: Duration = Duration::from_secs(60);
-/// Trouble that nobody has announced for so long was a worker's that has died.
-const UNANNOUNCED_FOR: Duration = Duration::from_secs(10);
 
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,13 +174,14 @@ impl Prober {
 
     async fn announce_forgotten(&self) {
         let Worker { blames, desk, .. } = &*self.worker;
-        match blames.configs.unannounced(UNANNOUNCED_FOR).await {
-            Ok(troubles) => {
-                for trouble in troubles {
-                    blames.announce(desk, trouble).await;
+        while !self.worker.shutdown.is_draining() {
+            match blames.configs.take_unannounced().await {
+                Ok(Some(trouble)) => blames.announce(desk, trouble).await,
+                Ok(None) => return,
+                Err(error) => {
+                    return tracing::debug!(%error, "unannounced failures could not be looked for now");
                 }
             }
-            Err(error) => tracing::debug!(%error, "unannounced failures could not be looked for now"),
         }
     }
 }

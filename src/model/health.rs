@@ -14,6 +14,9 @@ pub const UNREACHABLE_FOR: Duration = Duration::from_secs(600);
 /// job of an organization that sends now and then waits for its next attempt in the first hour.
 pub const UNREACHABLE_GAP: Duration = Duration::from_secs(3600);
 
+/// Whoever has seen trouble begin, or has taken it to announce it, has so long for that; then another may.
+pub const ANNOUNCED_WITHIN: Duration = Duration::from_secs(30);
+
 /// Failures in a row, on different connections, that make a configuration fail that has worked before.
 pub const STRIKES: u32 = 2;
 

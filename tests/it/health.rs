@@ -410,19 +410,48 @@ async fn the_end_of_a_failing_configuration_is_a_recovery_and_of_a_working_one_i
 }
 
 #[tokio::test]
-async fn trouble_that_nobody_has_announced_is_found_by_who_looks_for_it() {
+async fn trouble_that_nobody_has_announced_in_time_is_taken_by_one_at_a_time_until_it_is() {
     let house = House::of(&["acme"]).await;
-    let unannounced = async |ago_s| {
-        house.configs.unannounced(Duration::from_secs(ago_s)).await.expect("the database answers")
-    };
-    assert!(unannounced(0).await.is_empty());
+    let take = async || house.configs.take_unannounced().await.expect("the database answers");
+    let time_is_up = || house.database.run("UPDATE smtp_configs SET announce_at = now()");
+    assert_eq!(take().await, None);
     house.blame(1, Reason::AuthFailed).await;
-    assert!(unannounced(60).await.is_empty(), "whoever has seen it begin is given time");
-    let [trouble] = &unannounced(0).await[..] else { panic!("one trouble") };
-    assert_eq!((&trouble.organization, trouble.version), (&acme(), 1));
-    assert_eq!((trouble.reason, trouble.hint.as_str()), (Reason::AuthFailed, HINT));
-    house.blame(1, Reason::AuthFailed).await;
+    assert_eq!(take().await, None, "whoever has seen it begin is given time");
+    for _ in 0..2 {
+        time_is_up().await;
+        let taken = join_all((0..8).map(|_| take())).await;
+        let taken: Vec<_> = taken.into_iter().flatten().collect();
+        let [trouble] = &taken[..] else { panic!("{taken:?}") };
+        assert_eq!((&trouble.organization, trouble.version), (&acme(), 1));
+        assert_eq!((trouble.reason, trouble.hint.as_str()), (Reason::AuthFailed, HINT));
+        assert_eq!(take().await, None, "it is somebody's");
+    }
     house.configs.announced(&acme(), 1).await.expect("the database answers");
     house.blame(1, Reason::AuthFailed).await;
-    assert!(unannounced(0).await.is_empty());
+    let open = "SELECT count(*) FROM smtp_configs WHERE announce_at IS NOT NULL";
+    assert_eq!(house.database.number(open).await, 0);
+}
+
+#[tokio::test]
+async fn trouble_that_ends_before_it_is_announced_is_announced_with_its_end() {
+    let until = Instant::now() + SOON;
+    for deleted in [false, true] {
+        for announced in [false, true] {
+            let house = House::of(&["acme"]).await;
+            house.blame(1, Reason::AuthFailed).await;
+            if deleted {
+                house.configs.delete(&acme(), entry(), until).await.expect("it is deleted");
+            } else {
+                assert!(house.recovered(1).await);
+            }
+            if announced {
+                house.configs.announced(&acme(), 1).await.expect("the database answers");
+            }
+            house.database.run("UPDATE recoveries SET recovered_at = now() - interval '2 seconds'").await;
+            let finished = house.store.finished_recoveries(&[]).await.expect("the database answers");
+            let [recovery] = &finished[..] else { panic!("{finished:?}") };
+            let told = recovery.unannounced.as_ref().map(|trouble| (trouble.version, trouble.reason));
+            assert_eq!(told, (!announced).then_some((1, Reason::AuthFailed)), "{deleted} {announced}");
+        }
+    }
 }

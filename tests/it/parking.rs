@@ -120,7 +120,7 @@ async fn a_thousand_jobs_whose_password_is_refused_cost_the_server_one_connectio
     assert_eq!(count(&world, tried).await, 1, "what was never tried has no Message-ID yet");
     let shown = world.commanded("smtp_config.get", "acme", json!({})).await;
     assert_eq!(shown["status"], "failing");
-    assert_eq!(count(&world, "FROM smtp_configs WHERE failing_announced").await, 2);
+    assert_eq!(count(&world, "FROM smtp_configs WHERE announce_at IS NULL").await, 2);
     worker.stop().await;
     world.end().await;
 }

@@ -75,7 +75,7 @@ pub(crate) async fn fail(world: &World, organization: &str, probe_in_s: i64) {
         .database
         .run(format!(
             "UPDATE smtp_configs SET failing_since = now(), failing_reason = 'auth_failed', failing_hint = 'Ask.', \
-             failing_announced = true, strikes = 2, long_probes = 1, \
+             announce_at = NULL, strikes = 2, long_probes = 1, \
              next_probe_at = now() + {probe_in_s} * interval '1 second' WHERE organization_id = '{organization}'"
         ))
         .await;
@@ -313,13 +313,31 @@ async fn trouble_that_a_worker_died_over_is_announced_by_another() {
     let worker = world.worker().await;
     world.organization("acme").await;
     fail(&world, "acme", 3600).await;
-    let unsaid =
-        "UPDATE smtp_configs SET failing_announced = false, failing_since = now() - interval '11 seconds'";
-    world.database.run(unsaid).await;
+    world.database.run("UPDATE smtp_configs SET announce_at = now()").await;
     let event = world.events.wait_for(|event| event["type"] == "smtp_config.failing", SOON).await;
     assert_eq!((&event["reason"], &event["hint"]), (&json!("auth_failed"), &json!("Ask.")));
-    let said = "SELECT count(*) FROM smtp_configs WHERE failing_announced";
+    let said = "SELECT count(*) FROM smtp_configs WHERE announce_at IS NULL";
     eventually("it is announced once", async || world.database.number(said).await == 1).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn trouble_that_ended_before_it_was_announced_is_announced_before_its_end() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    world.database.run("UPDATE smtp_configs SET announce_at = now() + interval '1 hour'").await;
+    probe_now(&world, "acme").await;
+    assert_eq!(recovered(&world, "acme").await, 0);
+    let events = world.events.all();
+    let about: Vec<_> = events
+        .iter()
+        .filter_map(|event| event["type"].as_str())
+        .filter(|kind| ["smtp_config.failing", "smtp_config.recovered"].contains(kind))
+        .collect();
+    assert_eq!(about, ["smtp_config.failing", "smtp_config.recovered"]);
     worker.stop().await;
     world.end().await;
 }

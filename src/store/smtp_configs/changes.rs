@@ -16,11 +16,16 @@ use crate::store::change::{self, ChangeError, Tx};
 /// Mail that waited for it goes through the platform's server.
 const DELETE: &str = "
 WITH deleted AS (
-    DELETE FROM smtp_configs WHERE organization_id = $1 RETURNING organization_id, failing_since
+    DELETE FROM smtp_configs WHERE organization_id = $1
+    RETURNING organization_id, failing_since, failing_reason, failing_hint,
+        CASE WHEN announce_at IS NOT NULL THEN version END AS unannounced
 ), noted AS (
-    INSERT INTO recoveries (organization_id, recovered_at)
-    SELECT organization_id, now() FROM deleted WHERE failing_since IS NOT NULL
-    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at
+    INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
+    SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM deleted WHERE failing_since IS NOT NULL
+    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
+        failing_version = coalesce(excluded.failing_version, r.failing_version),
+        failing_reason = CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
+        failing_hint = CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END
 )
 SELECT count(*) FROM deleted";
 

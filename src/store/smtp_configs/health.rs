@@ -9,7 +9,7 @@ use sqlx::Row;
 use super::{SmtpConfigs, reason_from};
 use crate::model::failure::Reason;
 use crate::model::health::{
-    Absolution, Blame, Blamed, Pauses, STRIKES, Suspect, UNREACHABLE_FOR, UNREACHABLE_GAP,
+    ANNOUNCED_WITHIN, Absolution, Blame, Blamed, Pauses, STRIKES, Suspect, UNREACHABLE_FOR, UNREACHABLE_GAP,
 };
 use crate::model::organization::OrganizationId;
 use crate::store::ledger::stored_count;
@@ -17,7 +17,8 @@ use crate::store::sealed_keys::key_of;
 use crate::store::{Store, StoreError};
 
 /// `$3` a refusal, `$4` at once, `$5` unreachable; `$8` the pauses before the probes, `$11` whether they are the long ones. `$12`
-/// is the longest gap in being out of reach. `$13`: a refusal of the message's, where others got through.
+/// is the longest gap in being out of reach. `$13`: a refusal of the message's, where others got through. Who
+/// is told that it begins has `$14` seconds to announce it.
 /// What is failing keeps the reason it fails for.
 const BLAME: &str = "
 WITH seen AS MATERIALIZED (
@@ -40,7 +41,7 @@ UPDATE smtp_configs AS c SET
     failing_since = CASE WHEN old.fails THEN coalesce(c.failing_since, now()) ELSE c.failing_since END,
     failing_reason = CASE WHEN old.fails THEN coalesce(c.failing_reason, $6) ELSE c.failing_reason END,
     failing_hint = CASE WHEN old.fails THEN coalesce(c.failing_hint, $7) ELSE c.failing_hint END,
-    failing_announced = CASE WHEN old.fails AND c.failing_since IS NULL THEN false ELSE c.failing_announced END,
+    announce_at = CASE WHEN old.fails AND c.failing_since IS NULL THEN now() + $14 * interval '1 second' ELSE c.announce_at END,
     probes = CASE WHEN old.fails AND c.failing_since IS NULL AND NOT $11 THEN c.probes + 1 ELSE c.probes END,
     long_probes = CASE WHEN old.fails AND c.failing_since IS NULL AND $11 THEN c.long_probes + 1 ELSE c.long_probes END,
     next_probe_at = CASE WHEN old.fails AND c.failing_since IS NULL
@@ -65,19 +66,24 @@ WHERE organization_id = $1 AND version = $2
     AND (unreachable_since IS NOT NULL
         OR ($3 AND (NOT proven OR worked_at IS NULL OR strikes > 0 OR probes > 0 OR long_probes > 0)))";
 
-/// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not.
+/// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not. Trouble that
+/// is not announced yet is kept for whoever announces the recovery.
 const RECOVER: &str = "
 WITH old AS MATERIALIZED (
-    SELECT organization_id, failing_since FROM smtp_configs
-    WHERE organization_id = $1 AND version = $2 FOR UPDATE
+    SELECT organization_id, failing_since, failing_reason, failing_hint,
+        CASE WHEN announce_at IS NOT NULL THEN version END AS unannounced
+    FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
 ), recovered AS (
     UPDATE smtp_configs AS c SET worked_at = coalesce(c.worked_at, now()), strikes = 0, unreachable_since = NULL,
-        unreachable_at = NULL, proven = c.proven AND c.failing_since IS NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, failing_announced = true, next_probe_at = NULL
+        unreachable_at = NULL, proven = c.proven AND c.failing_since IS NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, announce_at = NULL, next_probe_at = NULL
     FROM old WHERE c.organization_id = old.organization_id
 ), noted AS (
-    INSERT INTO recoveries (organization_id, recovered_at)
-    SELECT organization_id, now() FROM old WHERE failing_since IS NOT NULL
-    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at
+    INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
+    SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM old WHERE failing_since IS NOT NULL
+    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
+        failing_version = coalesce(excluded.failing_version, r.failing_version),
+        failing_reason = CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
+        failing_hint = CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END
 )
 SELECT failing_since IS NOT NULL AS was_failing FROM old";
 
@@ -118,9 +124,23 @@ const FAILING_IN_USE: &str = "
 SELECT count(*) FROM smtp_configs JOIN organizations USING (organization_id)
 WHERE failing_since IS NOT NULL AND ($1 OR custom_smtp)";
 
-const UNANNOUNCED: &str = "
-SELECT organization_id, version, failing_reason, failing_hint FROM smtp_configs
-WHERE NOT failing_announced AND failing_since <= now() - $1 * interval '1 second'";
+/// One at a time: the next one may be announced before the last one's time is up.
+const TAKE_UNANNOUNCED: &str = "
+WITH due AS MATERIALIZED (
+    SELECT organization_id FROM smtp_configs WHERE failing_since IS NOT NULL AND announce_at <= now()
+    ORDER BY announce_at LIMIT 1 FOR UPDATE SKIP LOCKED
+)
+UPDATE smtp_configs AS c SET announce_at = now() + $1 * interval '1 second'
+FROM due WHERE c.organization_id = due.organization_id
+RETURNING c.organization_id, c.version, c.failing_reason, c.failing_hint";
+
+/// Rows of `recoveries` come last.
+const ANNOUNCED: &str = "
+WITH told AS (
+    UPDATE smtp_configs SET announce_at = NULL WHERE organization_id = $1 AND version = $2 RETURNING organization_id
+)
+UPDATE recoveries SET failing_version = NULL
+WHERE organization_id = $1 AND failing_version = $2 AND (SELECT count(*) FROM told) >= 0";
 
 /// A configuration that is to be probed, by whoever holds this.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,7 +191,8 @@ impl SmtpConfigs {
             .bind(UNREACHABLE_FOR.as_secs_f64())
             .bind(pauses == Pauses::Long)
             .bind(UNREACHABLE_GAP.as_secs_f64())
-            .bind(suspect == Suspect::Message);
+            .bind(suspect == Suspect::Message)
+            .bind(ANNOUNCED_WITHIN.as_secs_f64());
         let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
         let Some(row) = row else { return Ok(Blamed::Outdated) };
         if !row.try_get::<bool, _>("failing")? {
@@ -265,23 +286,23 @@ impl SmtpConfigs {
         self.store.on_session(async |session| question.execute(session).await).await.map(drop)
     }
 
-    /// Trouble that began at least `ago` ago and that nobody has said to be announced: whoever was to may have died.
+    /// Trouble that nobody has announced within [`ANNOUNCED_WITHIN`], for whoever was to may have died: it is the caller's for
+    /// as long.
     ///
     /// # Errors
     /// When the database did not answer.
-    pub async fn unannounced(&self, ago: Duration) -> Result<Vec<Trouble>, StoreError> {
-        let question = sqlx::query(UNANNOUNCED).bind(ago.as_secs_f64());
-        let rows = self.store.on_session(async |session| question.fetch_all(session).await).await?;
-        rows.iter()
-            .map(|row| {
-                Ok(Trouble {
-                    organization: organization_of(row.try_get("organization_id")?)?,
-                    version: row.try_get("version")?,
-                    reason: reason_from(row.try_get("failing_reason")?),
-                    hint: row.try_get::<Option<String>, _>("failing_hint")?.unwrap_or_default(),
-                })
+    pub async fn take_unannounced(&self) -> Result<Option<Trouble>, StoreError> {
+        let question = sqlx::query(TAKE_UNANNOUNCED).bind(ANNOUNCED_WITHIN.as_secs_f64());
+        let row = self.store.on_session(async |session| question.fetch_optional(session).await).await?;
+        row.map(|row| {
+            Ok(Trouble {
+                organization: organization_of(row.try_get("organization_id")?)?,
+                version: row.try_get("version")?,
+                reason: reason_from(row.try_get("failing_reason")?),
+                hint: row.try_get::<Option<String>, _>("failing_hint")?.unwrap_or_default(),
             })
-            .collect()
+        })
+        .transpose()
     }
 
     /// `smtp_config.failing` is published.
@@ -289,11 +310,7 @@ impl SmtpConfigs {
     /// # Errors
     /// When the database did not answer.
     pub async fn announced(&self, organization: &OrganizationId, version: i64) -> Result<(), StoreError> {
-        let question = sqlx::query(
-            "UPDATE smtp_configs SET failing_announced = true WHERE organization_id = $1 AND version = $2",
-        )
-        .bind(organization.as_str())
-        .bind(version);
+        let question = sqlx::query(ANNOUNCED).bind(organization.as_str()).bind(version);
         self.store.on_session(async |session| question.execute(session).await).await.map(drop)
     }
 }

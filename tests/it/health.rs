@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use secrecy::SecretString;
+use sendoff::model::address::EmailAddress;
 use sendoff::model::failure::Reason;
 use sendoff::model::health::{Absolution, Blamed, Health, Pauses, Suspect};
 use sendoff::model::organization::OrganizationId;
@@ -364,7 +365,7 @@ async fn a_test_that_went_well_opens_the_way_once_and_notes_the_recovery() {
 }
 
 #[tokio::test]
-async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed_at_once() {
+async fn an_update_that_may_mend_a_failing_configuration_keeps_it_failing_and_has_it_probed_at_once() {
     let house = House::of(&["acme"]).await;
     house.blame(1, Reason::AuthFailed).await;
     let updated = house.update(SmtpConfigPatch { password: Some("x".into()), ..Default::default() }).await;
@@ -375,9 +376,42 @@ async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed
     assert_eq!(house.next_probe_s().await, 300, "the pauses begin anew");
     let failing = house.failing().await.expect("it fails");
     assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, "other"));
-    let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
-    assert_eq!(house.update(name).await.version, 3);
-    assert_eq!(house.probes(false, 10).await.len(), 1);
+}
+
+#[tokio::test]
+async fn an_update_that_cannot_mend_what_fails_offers_the_refused_password_no_sooner() {
+    let from = || EmailAddress::parse("other@acme.example").ok();
+    let name = || Some("Other".to_owned());
+    let unchanged = || SmtpConfigPatch {
+        host: Some("smtp.acme.example".into()),
+        port: Some(587),
+        secure: Some(true),
+        from_email: EmailAddress::parse("a@acme.example").ok(),
+        from_name: name(),
+        ..Default::default()
+    };
+    let (auth, sender) = (Reason::AuthFailed, Reason::SenderRefused);
+    for (reason, patch, at_once) in [
+        (auth, SmtpConfigPatch { from_name: name(), ..Default::default() }, false),
+        (auth, SmtpConfigPatch { from_email: from(), ..Default::default() }, false),
+        (auth, unchanged(), false),
+        (auth, SmtpConfigPatch { port: Some(465), ..Default::default() }, true),
+        (auth, SmtpConfigPatch { username: Some("x".into()), ..Default::default() }, true),
+        (sender, SmtpConfigPatch { from_email: from(), ..Default::default() }, true),
+        (sender, SmtpConfigPatch { from_name: name(), ..Default::default() }, false),
+    ] {
+        let house = House::of(&["acme"]).await;
+        house.blame(1, reason).await;
+        let told = format!("{reason} {patch:?}");
+        let pause = house.next_probe_s().await;
+        let updated = house.update(patch).await;
+        assert_eq!((updated.version, updated.failing.is_some()), (2, true), "{told}");
+        assert_eq!(house.next_probe_s().await, if at_once { 0 } else { pause }, "{told}");
+        let probe = DueProbe { organization: acme(), version: 2 };
+        house.probe_failed(&probe, reason, None, Pauses::after(reason)).await;
+        let grows = house.next_probe_s().await > pause;
+        assert_eq!(grows, !at_once, "the pauses go on, or begin anew: {told}");
+    }
 }
 
 #[tokio::test]

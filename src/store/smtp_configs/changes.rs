@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::{ConfigRow, SmtpConfig, SmtpConfigs, shown_columns};
 use crate::model::address::EmailAddress;
+use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::Credentials;
 use crate::secrets::{Context, Field};
@@ -69,6 +70,18 @@ impl SmtpConfigPatch {
     /// Whether what is known of the server and its account no longer counts.
     fn starts_anew(&self) -> bool {
         self.touches_connection() || self.from_email.is_some()
+    }
+
+    /// Whether what failed may go well now. Credentials are not compared: whoever gives them again wants them to be tried.
+    fn may_mend(&self, config: &SmtpConfig) -> bool {
+        let Some(failing) = &config.failing else { return false };
+        let sender = self.from_email.as_ref().is_some_and(|from| from.as_str() != config.from_email);
+        self.username.is_some()
+            || self.password.is_some()
+            || self.host.as_ref().is_some_and(|host| *host != config.host)
+            || self.port.is_some_and(|port| port != config.port)
+            || self.secure.is_some_and(|secure| secure != config.secure)
+            || sender && failing.reason == Reason::SenderRefused
     }
 
     fn touches_connection(&self) -> bool {
@@ -163,18 +176,20 @@ impl SmtpConfigs {
             return Err(ChangeError::Conflict { current: config.version });
         }
         allow(&config).map_err(ChangeError::Refused)?;
-        let row = self.apply(tx, organization, patch).await?;
+        let row = self.apply(tx, organization, patch, patch.may_mend(&config)).await?;
         audit::insert(tx.connection(), audit).await?;
         Ok(row.into_config()?)
     }
 
     /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew. What
-    /// is failing stays so until a test has gone well, and is tested at once.
+    /// is failing stays so until a test has gone well, and is tested at once where the update may have mended it: any other
+    /// would only offer a password once more that is known to be wrong.
     async fn apply(
         &self,
         tx: &mut Tx,
         organization: &OrganizationId,
         patch: &SmtpConfigPatch,
+        may_mend: bool,
     ) -> Result<ConfigRow, sqlx::Error> {
         let seal = |field, secret: &Option<SecretString>| {
             secret.as_ref().map(|secret| self.seal(organization, field, secret.expose_secret()))
@@ -187,9 +202,11 @@ impl SmtpConfigs {
                  last_test_at = CASE WHEN $10 THEN NULL ELSE last_test_at END,
                  last_test_ok = CASE WHEN $10 THEN NULL ELSE last_test_ok END,
                  last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END,
-                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, proven = proven AND NOT $11, strikes = 0, unreachable_since = NULL,
-                 unreachable_at = NULL, probes = 0, long_probes = 0,
-                 next_probe_at = CASE WHEN failing_since IS NULL THEN NULL ELSE now() END
+                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, proven = proven AND NOT $11, strikes = 0,
+                 unreachable_since = NULL, unreachable_at = NULL,
+                 probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE probes END,
+                 long_probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE long_probes END,
+                 next_probe_at = CASE WHEN $12 THEN now() ELSE next_probe_at END
              WHERE organization_id = $1 RETURNING ",
             shown_columns!()
         ))
@@ -204,6 +221,7 @@ impl SmtpConfigs {
         .bind(seal(Field::Password, &patch.password))
         .bind(patch.touches_connection())
         .bind(patch.starts_anew())
+        .bind(may_mend)
         .fetch_one(tx.connection())
         .await
     }

@@ -251,7 +251,7 @@ impl Running {
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
         tasks.spawn(self.serve_commands(settings, &broker).run());
-        tasks.spawn(Prober { worker: worker.clone(), connector: self.connector.clone() }.run());
+        tasks.spawn(Prober::new(worker.clone(), self.connector.clone()).run());
         tasks.spawn(self.releaser(settings, &broker).run());
         let lanes = serve_lanes(settings, &worker, &broker)?;
 
@@ -338,6 +338,7 @@ impl Running {
             lanes: settings.amqp.lanes.clone(),
             limits: wire_limits(settings),
             rules: ParkingRules { for_all: for_all(settings), parked_for: settings.retry.parked_for },
+            key_missing: self.key_missing.clone(),
             clock: self.clock.clone(),
             shutdown: self.shutdown.clone(),
         }

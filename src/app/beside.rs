@@ -1,6 +1,7 @@
 //! What goes on beside the lanes for as long as the worker runs: gauges, readiness, the cache's news, forgetting.
 //! Guarantee: nothing here ends the worker or waits for a service, and everything ends with the second stage of a stop.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,7 +42,7 @@ pub(super) async fn follow_configs(cache: ConfigCache, store: Store, shutdown: S
 }
 
 /// Keeps the readiness of the key ring true: looks at the start, when the worker has come upon a key that it lacks, and
-/// while one is missing, for the configurations may be sealed anew meanwhile.
+/// while one is missing, for what needs it may be sealed anew meanwhile, or gone.
 pub(super) async fn watch_keys(
     store: Store,
     keys: Arc<KeyRing>,
@@ -50,15 +51,15 @@ pub(super) async fn watch_keys(
     shutdown: Shutdown,
 ) {
     loop {
-        let whole = match store.try_sealed(&keys).await {
-            Ok(report) if report.missing_keys.is_empty() => {
+        let whole = match missing_keys(&store, &keys).await {
+            Ok(missing) if missing.is_empty() => {
                 readiness.up(Part::Keys);
                 true
             }
-            Ok(report) => {
-                let ids: Vec<String> = report.missing_keys.iter().map(|id| format!("`{id}`")).collect();
+            Ok(missing) => {
+                let ids: Vec<String> = missing.iter().map(|id| format!("`{id}`")).collect();
                 let problem = format!(
-                    "encryption.keys lacks {}, which configurations are sealed under",
+                    "encryption.keys lacks {}, which configurations or parked letters are sealed under",
                     ids.join(", ")
                 );
                 tracing::error!(%problem, "not ready");
@@ -74,6 +75,12 @@ pub(super) async fn watch_keys(
             () = tokio::time::sleep(KEY_PAUSE), if !whole => {}
         }
     }
+}
+
+async fn missing_keys(store: &Store, keys: &KeyRing) -> Result<BTreeSet<String>, StoreError> {
+    let mut missing = store.try_sealed(keys).await?.missing_keys;
+    missing.extend(store.keys_missing_for_parked(keys).await?);
+    Ok(missing)
 }
 
 /// Keeps `/readyz` and the two gauges true.

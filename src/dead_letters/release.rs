@@ -3,12 +3,16 @@
 //! marked after that. Whoever is cut off in between, the next one goes on with the same turn, of which the ledger lets one
 //! copy through. What is looked for is a state, never an event: nothing that was missed keeps a letter parked.
 
+mod announce;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -17,8 +21,6 @@ use super::replay::publish::persist;
 use crate::broker::Publisher;
 use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
-use crate::model::event::{Event, JobFacts, What};
-use crate::model::failure::Reason;
 use crate::model::lanes::Lane;
 use crate::model::ledger::Turn;
 use crate::model::letter::{Letter, LetterFilter, LetterId, LetterState, Place};
@@ -26,7 +28,9 @@ use crate::model::organization::OrganizationId;
 use crate::model::parking::{self, Parked, ParkingRules};
 use crate::model::ramp::Ramps;
 use crate::shutdown::Shutdown;
-use crate::store::{Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError};
+use crate::store::{
+    Burial, DeadLetters, Examined, ParkedShare, ParkedTaken, ReplayCopy, Store, StoreError, Unopened,
+};
 
 /// Who has it releases and buries for all workers.
 const LEASE: &str = "parked letters";
@@ -34,6 +38,10 @@ const LEASE: &str = "parked letters";
 const LEASE_PERIOD: Duration = Duration::from_secs(15);
 /// Between two questions for it, the holder's or another's.
 const LEASE_PAUSE: Duration = Duration::from_secs(3);
+/// A worker that lacks a letter's key leaves the lease for so long to one that may have it, which has asked for it by then.
+const SIT_OUT: Duration = Duration::from_secs(10);
+/// Where none has taken it, none of them may have the key: the worker goes on with the other letters for so long.
+const GO_ON: Duration = Duration::from_secs(60);
 /// Between two steps.
 const STEP: Duration = Duration::from_millis(500);
 /// Between two rounds through everything that is parked.
@@ -65,6 +73,8 @@ pub struct Releaser {
     pub limits: WireLimits,
     /// Whose mail is parked, and for how long.
     pub rules: ParkingRules,
+    /// Told when a letter is sealed under a key that the ring lacks: the worker is then not ready.
+    pub key_missing: Arc<Notify>,
     /// Time.
     pub clock: Clock,
     /// A drain ends it after the step in hand.
@@ -81,12 +91,17 @@ struct Progress {
     /// Behind letters that cannot be released, so that they stop nobody else's.
     behind: HashMap<OrganizationId, Place>,
     stuck: HashSet<LetterId>,
+    /// It has come upon a letter whose key another worker may have.
+    keyless: bool,
+    /// Until then such a letter does not make it leave the lease.
+    goes_on_until: Instant,
     /// Where the round is; none between two of them.
     round: Option<Option<Place>>,
     next_round: Instant,
 }
 
 impl Progress {
+    /// As of the time when the lease is taken.
     fn new() -> Self {
         let now = Instant::now();
         Self {
@@ -96,6 +111,8 @@ impl Progress {
             ramps: Ramps::default(),
             behind: HashMap::new(),
             stuck: HashSet::new(),
+            keyless: false,
+            goes_on_until: now,
             round: None,
             next_round: now,
         }
@@ -110,11 +127,20 @@ impl Releaser {
     pub async fn run(self) {
         let holder = self.clock.new_id();
         let mut progress = Progress::new();
+        let mut refusals = 0_u64;
         while !self.shutdown.is_draining() {
             let step = AssertUnwindSafe(self.step(holder, &mut progress)).catch_unwind().await;
             match step {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "parked letters could not be looked at now"),
+                Ok(Ok(())) => refusals = 0,
+                Ok(Err(error)) => {
+                    // One may be a deadlock, which was somebody else's turn.
+                    refusals += u64::from(matches!(error, StoreError::Internal(_)));
+                    if refusals == 2 {
+                        tracing::warn!(%error, "the database refuses what is to be done with parked letters; it is tried again");
+                    } else {
+                        tracing::debug!(%error, "parked letters could not be looked at now");
+                    }
+                }
                 Err(_) => {
                     tracing::error!("releasing parked letters panicked; it begins anew");
                     progress = Progress::new();
@@ -133,16 +159,35 @@ impl Releaser {
         if Instant::now() >= progress.ask_at {
             let held = self.store.take_lease(LEASE, holder, LEASE_PERIOD).await?;
             if !held {
-                *progress = Progress::new();
+                *progress = Progress { goes_on_until: progress.goes_on_until, ..Progress::new() };
             }
             (progress.held, progress.ask_at) = (held, Instant::now() + LEASE_PAUSE);
         }
         if !progress.held {
             return Ok(());
         }
-        self.release(progress).await?;
-        self.go_round(progress).await?;
-        self.announce_recoveries(progress).await
+        // What is refused in one part is no reason to leave out the others.
+        let done = [
+            go_on(self.release(progress).await)?,
+            go_on(self.go_round(progress).await)?,
+            go_on(self.announce_recoveries(progress).await)?,
+            go_on(self.leave_to_others(holder, progress).await)?,
+        ];
+        done.into_iter().find_map(|refusal| refusal).map_or(Ok(()), Err)
+    }
+
+    /// Gives the lease away where a letter's key is missing here. Whoever takes it meets that letter as well: of several workers
+    /// the one that has the key keeps the lease.
+    async fn leave_to_others(&self, holder: Uuid, progress: &mut Progress) -> Result<(), StoreError> {
+        let now = Instant::now();
+        if !progress.keyless || now < progress.goes_on_until {
+            return Ok(());
+        }
+        tracing::debug!("parked letters are left to a worker that has their key");
+        self.store.give_back_lease(LEASE, holder).await?;
+        let ask_at = now + SIT_OUT;
+        *progress = Progress { ask_at, goes_on_until: ask_at + GO_ON, ..Progress::new() };
+        Ok(())
     }
 
     /// The next letters of each organization whose mail flows.
@@ -225,7 +270,8 @@ impl Releaser {
         self.carry_out(&ids, outgoing, false).await
     }
 
-    /// Opens letters; those that cannot be released are told apart, and each is logged once.
+    /// Opens letters; those that cannot be released are told apart. Of these, each that nobody can open is logged once, and
+    /// `smtp_config.recovered` does not wait for it.
     async fn open(
         &self,
         letters: Vec<Letter>,
@@ -241,10 +287,16 @@ impl Releaser {
                 Some(Err(error)) => error.to_string(),
                 _ => "its body is no job, or no lane takes it".to_owned(),
             };
+            let keyless = matches!(content, Some(Err(Unopened::UnknownKey { .. })));
             let read = || judge::ready(&letter, content, &ways, None);
             let ready = if letter.bytes < HEAVY_BYTES { read() } else { tokio::task::block_in_place(read) };
             match ready {
                 Ok(ready) => drop(outgoing.insert(letter.letter, (letter, ready))),
+                Err(_) if keyless => {
+                    progress.keyless = true;
+                    self.key_missing.notify_one();
+                    stuck.push(letter);
+                }
                 Err(_) => {
                     if progress.stuck.len() >= STUCK_MAX {
                         progress.stuck.clear();
@@ -319,65 +371,14 @@ impl Releaser {
         }
         confirmed
     }
+}
 
-    /// Says what a worker says of a job that it gives up. Whether all was said.
-    async fn announce_death(&self, burial: &Burial) -> bool {
-        let Burial { letter, reason, partly_sent, .. } = burial;
-        let event = |what| Event {
-            at: self.clock.now(),
-            organization_id: organization_of(letter).and_then(|id| OrganizationId::stored(id.as_str()).ok()),
-            job: letter.job_id.map(|job_id| JobFacts {
-                job_id,
-                kind: letter.kind.clone(),
-                group: letter.revision.as_ref().map(|revision| revision.group.clone()),
-            }),
-            what,
-        };
-        let first = partly_sent.as_ref().and_then(|partly| partly.refused.first());
-        let reason = first.map_or(*reason, |refused| refused.reason);
-        let death = if reason == Reason::Expired { What::Expired { reason } } else { What::Dead { reason } };
-        let sent = partly_sent.as_ref().map(|partly| What::Sent {
-            message_id: partly.message_id.clone(),
-            transport: partly.transport,
-            recipients_refused: partly.refused.clone(),
-        });
-        for what in std::iter::once(death).chain(sent) {
-            if !self.announce(&event(what)).await {
-                return false;
-            }
-        }
-        true
-    }
-
-    async fn announce(&self, event: &Event) -> bool {
-        let publisher = self.publisher.with_patience(PATIENCE);
-        let announced = tokio::select! {
-            biased;
-            () = self.shutdown.stop_now() => return false,
-            announced = publisher.event(event) => announced,
-        };
-        if let Err(error) = &announced {
-            tracing::debug!(event = event.what.routing_key(), %error, "an event was not confirmed; it is tried again");
-        }
-        announced.is_ok()
-    }
-
-    async fn announce_recoveries(&self, progress: &Progress) -> Result<(), StoreError> {
-        let stuck: Vec<LetterId> = progress.stuck.iter().copied().collect();
-        for recovery in self.store.finished_recoveries(&stuck).await? {
-            let what = What::ConfigRecovered { released: recovery.released };
-            let event = Event::of_organization(self.clock.now(), recovery.organization.clone(), what);
-            if !self.announce(&event).await {
-                break;
-            }
-            tracing::info!(
-                organization = %recovery.organization,
-                released = recovery.released,
-                "an organization's mail flows again"
-            );
-            self.store.forget_recovery(&recovery).await?;
-        }
-        Ok(())
+/// A refusal, to be told later; a database that is away ends the step.
+fn go_on(part: Result<(), StoreError>) -> Result<Option<StoreError>, StoreError> {
+    match part {
+        Err(error @ StoreError::Internal(_)) => Ok(Some(error)),
+        Err(error) => Err(error),
+        Ok(()) => Ok(None),
     }
 }
 

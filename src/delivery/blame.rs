@@ -2,10 +2,12 @@
 //! Guarantee: whether an organization's mail is parked is known before the attempt that failed lets the next one start; where
 //! the database does not answer, nothing is parked.
 
+use std::time::Duration;
+
 use crate::model::advice::{self, ServerFacts};
 use crate::model::event::{Event, What};
 use crate::model::failure::Reason;
-use crate::model::health::{self, Absolution, Blamed};
+use crate::model::health::{self, ANNOUNCED_WITHIN, Absolution, Blamed, Suspect};
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::Destination;
 use crate::store::{ConfigCache, SmtpConfigs, StoreError, Trouble};
@@ -14,6 +16,9 @@ use super::attempt::Report;
 use super::database::DatabaseWatch;
 use super::route::Route;
 use super::settle::Desk;
+
+/// For the record that it is announced.
+const MARGIN: Duration = Duration::from_secs(10);
 
 /// Where it is told.
 pub struct Blames {
@@ -27,8 +32,9 @@ pub struct Blames {
 
 impl Blames {
     /// Holds an attempt's failure against the configuration that it was made with, where that is at fault, and puts into the
-    /// report what became of it. The trouble that begins by this is returned, to be announced.
-    pub async fn blame(&self, route: &Route, report: &mut Report) -> Option<Trouble> {
+    /// report what became of it. `last` is what the same job failed for before. The trouble that begins by this is returned, to
+    /// be announced.
+    pub async fn blame(&self, route: &Route, last: Option<Reason>, report: &mut Report) -> Option<Trouble> {
         let Destination::Organization { id, version } = &route.destination else { return None };
         let reason = report.verdict.and_then(health::accusation)?;
         let account = &route.account;
@@ -36,7 +42,9 @@ impl Blames {
             Some(failure) => advice::hint(failure, ServerFacts::of(account)),
             None => advice::of_reason(reason).to_owned(),
         };
-        let (blamed, trouble) = self.note(id, *version, reason, hint).await.ok()?;
+        let phase = report.failure.as_ref().map(|failure| failure.phase);
+        let suspect = Suspect::of(reason, phase, last);
+        let (blamed, trouble) = self.note(id, *version, reason, hint, suspect).await.ok()?;
         report.blamed = Some(blamed);
         trouble
     }
@@ -51,8 +59,9 @@ impl Blames {
         version: i64,
         reason: Reason,
         hint: String,
+        suspect: Suspect,
     ) -> Result<(Blamed, Option<Trouble>), StoreError> {
-        let answer = self.configs.blame(organization, version, reason, &hint).await;
+        let answer = self.configs.blame(organization, version, reason, &hint, suspect).await;
         self.cache.invalidate(organization);
         let blamed = answer.inspect_err(|error| {
             self.database.lost(error);
@@ -77,7 +86,7 @@ impl Blames {
     ) -> Result<bool, StoreError> {
         let reason = Reason::ConfigUnreadable;
         let hint = advice::of_reason(reason).to_owned();
-        let (blamed, trouble) = self.note(organization, version, reason, hint).await?;
+        let (blamed, trouble) = self.note(organization, version, reason, hint, Suspect::Account).await?;
         if let Some(trouble) = trouble {
             self.announce(desk, trouble).await;
         }
@@ -94,12 +103,14 @@ impl Blames {
         }
     }
 
-    /// Publishes `smtp_config.failing`. A worker that ends before that leaves it to whoever looks for what is unannounced.
+    /// Publishes `smtp_config.failing`. A worker that cannot in time leaves it to whoever looks for what is unannounced: one at
+    /// a time.
     pub async fn announce(&self, desk: &Desk, trouble: Trouble) {
         let Trouble { organization, version, reason, hint } = trouble;
         let what = What::ConfigFailing { version, reason, hint };
         let event = Event::of_organization(desk.clock.now(), organization.clone(), what);
-        if desk.announce(&event).await.is_err() {
+        let announced = tokio::time::timeout(ANNOUNCED_WITHIN - MARGIN, desk.announce(&event)).await;
+        if !matches!(announced, Ok(Ok(()))) {
             return;
         }
         if let Err(error) = self.configs.announced(&organization, version).await {

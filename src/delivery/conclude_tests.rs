@@ -180,7 +180,7 @@ fn a_job_parked_by_its_attempt_keeps_its_retries_and_its_message_id() {
     assert_eq!((conclusion.attempts, conclusion.spared, &conclusion.pending), (2, 1, &Some(vec![1, 2])));
     assert_eq!(settle_of(&job().key, &before, &conclusion).message_id, "<1@x.example>");
 
-    let noted = concluded(&before, &Report { blamed: Some(Blamed::Noted), ..report });
+    let noted = concluded(&before, &Report { blamed: Some(Blamed::Noted { proven: true }), ..report });
     assert!(matches!(noted.settlement, Settlement::Deferred { .. }));
     assert_eq!((noted.attempts, noted.spared), (2, 1));
 }

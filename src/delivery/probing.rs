@@ -2,14 +2,15 @@
 //! Guarantee: each probe is one connection of one worker's; one whose worker died is made later by another; a slow server
 //! holds up no other's probe, and trouble that may pass by itself says nothing about the configuration.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::model::advice::{self, ServerFacts};
 use crate::model::failure::{Failure, Reason};
-use crate::model::health;
+use crate::model::health::{self, Pauses};
 use crate::model::policy;
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
@@ -22,35 +23,37 @@ use super::worker::Worker;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Probes at once in this worker, beside `delivery.max_sessions`.
 const PROBES: usize = 16;
-/// One probe as a whole.
-const LIMIT: Duration = Duration::from_secs(20);
 /// For the goodbye behind a verdict.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
-/// A probe that has brought no verdict for so long is taken by another worker: longer than one takes.
-const LEASE: Duration = Duration::from_secs(60);
-/// Trouble that nobody has announced for so long was a worker's that has died.
-const UNANNOUNCED_FOR: Duration = Duration::from_secs(10);
+/// So long after its limit a probe that has brought no verdict is taken by another worker: it takes the goodbye and the record.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Found {
     /// It works.
     Works,
-    /// It does not; without a hint the one before stays.
-    Fails(Reason, Option<String>),
-    /// Nothing that this worker could judge.
-    Nothing,
+    /// It does not; without a hint the one before stays. Then the next probe.
+    Fails(Reason, Option<String>, Pauses),
+    /// Nothing that this worker could judge: another has the key.
+    Keyless(String),
 }
 
 /// Makes probes for as long as the worker runs.
 pub struct Prober {
-    /// What it shares with the lanes.
-    pub worker: Arc<Worker>,
-    /// Opens sessions outside the pool: what is kept there was opened when all was well.
-    pub connector: SmtpConnector,
+    worker: Arc<Worker>,
+    connector: SmtpConnector,
+    /// Ids of keys that it has come upon and that the worker's ring lacks: until its end, for a ring does not change.
+    lacking: Mutex<BTreeSet<String>>,
 }
 
 impl Prober {
+    /// `worker` is what it shares with the lanes. The connector opens sessions outside the pool: what is kept there was opened
+    /// when all was well.
+    pub fn new(worker: Arc<Worker>, connector: SmtpConnector) -> Self {
+        Self { worker, connector, lacking: Mutex::default() }
+    }
+
     /// Until the worker takes no new work; probes under way are left to their lease.
     pub async fn run(self) {
         let this = Arc::new(self);
@@ -76,13 +79,23 @@ impl Prober {
         }
     }
 
+    /// One probe's opening. Nobody waits for it: a server that a send has the patience for is not given up sooner here.
+    fn limit(&self) -> Duration {
+        self.connector.longest_opening().min(self.worker.limits.attempt_timeout)
+    }
+
     async fn due(&self, limit: usize) -> Result<Vec<DueProbe>, StoreError> {
         let limit = u32::try_from(limit).unwrap_or(0);
         if limit == 0 {
             return Ok(Vec::new());
         }
         let for_all = self.worker.limits.custom_smtp == CustomSmtp::All;
-        self.worker.blames.configs.claim_probes(for_all, limit, LEASE).await
+        let lacking: Vec<String> = self.lacking().iter().cloned().collect();
+        self.worker.blames.configs.claim_probes(for_all, limit, self.limit() + GRACE, &lacking).await
+    }
+
+    fn lacking(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.lacking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the database does not answer, the probe is made again when its lease has ended.
@@ -101,15 +114,14 @@ impl Prober {
         };
         let found = match &facts.account {
             StoredAccount::Ready { account, .. } => return self.connect(probe, account, failing).await,
-            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { .. }, .. } => {
-                self.worker.key_missing.notify_one();
-                Found::Nothing
+            StoredAccount::Unreadable { cause: Unreadable::UnknownKey { id }, .. } => {
+                Found::Keyless(id.clone())
             }
             StoredAccount::Unreadable { .. } => {
                 let reason = Reason::ConfigUnreadable;
-                Found::Fails(reason, Some(advice::of_reason(reason).to_owned()))
+                Found::Fails(reason, Some(advice::of_reason(reason).to_owned()), Pauses::after(reason))
             }
-            StoredAccount::None => Found::Nothing,
+            StoredAccount::None => return Ok(()),
         };
         self.record(probe, found).await
     }
@@ -122,11 +134,12 @@ impl Prober {
     ) -> Result<(), StoreError> {
         let destination =
             Destination::Organization { id: probe.organization.clone(), version: probe.version };
-        let opening = tokio::time::timeout(LIMIT, self.connector.open(&destination, account));
+        let opening = tokio::time::timeout(self.limit(), self.connector.open(&destination, account));
         let (session, found) = match opening.await {
             Ok(Ok(session)) => (Some(session), Found::Works),
             Ok(Err(failure)) => (None, judge(&failure, account, failing)),
-            Err(_) => (None, Found::Fails(failing, None)),
+            // A password may have been offered.
+            Err(_) => (None, Found::Fails(failing, None, Pauses::after(failing))),
         };
         let recorded = self.record(probe, found).await;
         if let Some(session) = session {
@@ -139,14 +152,19 @@ impl Prober {
         let DueProbe { organization, version } = probe;
         let configs = &self.worker.blames.configs;
         match found {
-            Found::Nothing => return Ok(()),
+            Found::Keyless(id) => {
+                tracing::debug!(%organization, key = id, "a probe is left to a worker that has its key");
+                self.worker.key_missing.notify_one();
+                self.lacking().insert(id);
+                return configs.give_back_probe(probe).await;
+            }
             Found::Works => {
                 if configs.recovered(organization, *version).await? {
                     tracing::info!(%organization, version, "a configuration works again");
                 }
             }
-            Found::Fails(reason, hint) => {
-                configs.probe_failed(probe, reason, hint.as_deref()).await?;
+            Found::Fails(reason, hint, pauses) => {
+                configs.probe_failed(probe, reason, hint.as_deref(), pauses).await?;
                 tracing::info!(%organization, version, %reason, "a configuration still does not work");
             }
         }
@@ -156,13 +174,14 @@ impl Prober {
 
     async fn announce_forgotten(&self) {
         let Worker { blames, desk, .. } = &*self.worker;
-        match blames.configs.unannounced(UNANNOUNCED_FOR).await {
-            Ok(troubles) => {
-                for trouble in troubles {
-                    blames.announce(desk, trouble).await;
+        while !self.worker.shutdown.is_draining() {
+            match blames.configs.take_unannounced().await {
+                Ok(Some(trouble)) => blames.announce(desk, trouble).await,
+                Ok(None) => return,
+                Err(error) => {
+                    return tracing::debug!(%error, "unannounced failures could not be looked for now");
                 }
             }
-            Err(error) => tracing::debug!(%error, "unannounced failures could not be looked for now"),
         }
     }
 }
@@ -170,8 +189,11 @@ impl Prober {
 /// What is no fault of the configuration leaves it failing for the reason that it failed for.
 fn judge(failure: &Failure, account: &SmtpAccount, failing: Reason) -> Found {
     match health::accusation(policy::judge(failure)) {
-        Some(reason) => Found::Fails(reason, Some(advice::hint(failure, ServerFacts::of(account)))),
-        None => Found::Fails(failing, None),
+        Some(reason) => {
+            let hint = advice::hint(failure, ServerFacts::of(account));
+            Found::Fails(reason, Some(hint), Pauses::after(reason))
+        }
+        None => Found::Fails(failing, None, Pauses::after_trouble(failing, failure.phase)),
     }
 }
 
@@ -199,17 +221,20 @@ mod tests {
             Fault::Lost,
             Fault::Timeout,
         ] {
-            assert_eq!(judged(Phase::Auth, fault), Found::Fails(Reason::AuthFailed, None));
+            let found = |pauses| Found::Fails(Reason::AuthFailed, None, pauses);
+            assert_eq!(judged(Phase::Auth, fault.clone()), found(Pauses::Long));
+            assert_eq!(judged(Phase::Greeting, fault), found(Pauses::Short));
         }
         let lookup = Fault::DnsFailed { detail: "no answer".into() };
-        assert_eq!(judged(Phase::Resolve, lookup), Found::Fails(Reason::AuthFailed, None));
-        let Found::Fails(reason, Some(_)) =
+        let passing = Found::Fails(Reason::AuthFailed, None, Pauses::Short);
+        assert_eq!(judged(Phase::Resolve, lookup), passing);
+        let Found::Fails(reason, Some(_), _) =
             judged(Phase::Tls, Fault::Tls { kind: TlsFault::Expired, detail: "expired".into() })
         else {
             panic!("a verdict")
         };
         assert_eq!(reason, Reason::TlsFailed);
-        let Found::Fails(reason, Some(_)) = judged(Phase::Connect, Fault::Timeout) else {
+        let Found::Fails(reason, Some(_), _) = judged(Phase::Connect, Fault::Timeout) else {
             panic!("a verdict")
         };
         assert_eq!(reason, Reason::ConnectTimeout);

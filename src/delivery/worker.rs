@@ -444,7 +444,7 @@ impl Worker {
         delivery.trail().report(&report);
         drop(message);
         // Before the permit goes to the next in line, which would make another connection.
-        let trouble = self.blames.blame(&route, &mut report).await;
+        let trouble = self.blames.blame(&route, claimed.reason, &mut report).await;
         delivery.trail().report(&report);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());

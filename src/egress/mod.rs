@@ -23,4 +23,4 @@ pub use approve::{ApprovedAddr, Egress, EgressError, OperatorsHost};
 pub use dial::{DialError, dial};
 pub use host::{HostError, HostName, ServerHost};
 pub use policy::{AllowedPorts, EgressPolicy, Refusal, Verdict, judge};
-pub use resolver::NoNameservers;
+pub use resolver::{LOOK_UP_LIMIT, NoNameservers};

@@ -32,6 +32,9 @@ const OTHER_FAMILY_LIMIT: Duration = Duration::from_secs(1);
 const ALIASES_LIMIT: Duration = Duration::from_secs(1);
 const MAX_ALIASES: usize = 8;
 
+/// A name, whatever comes of it.
+pub const LOOK_UP_LIMIT: Duration = ADDRESSES_LIMIT.saturating_add(ALIASES_LIMIT);
+
 /// Bounds on how long an answer is kept when its TTL is longer: an admin who has changed a record expects it
 /// to count.
 const POSITIVE_MAX_TTL: Duration = Duration::from_secs(300);

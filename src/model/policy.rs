@@ -100,7 +100,7 @@ pub struct Progress {
     pub platform: bool,
     /// What became of the organization's configuration; `None` where nothing could be held against it.
     pub blamed: Option<Blamed>,
-    /// Why the attempt before this one failed.
+    /// Why the attempt before this one failed, or what the job was parked for since.
     pub last: Option<Reason>,
 }
 
@@ -402,11 +402,12 @@ fn retry(
     too_late(reason, wait, progress, limits, now).unwrap_or(Disposition::Retry { reason, wait })
 }
 
-/// A fault of the account that is not yet held to last. The same job's next one is counted: others got through meanwhile,
-/// so it may be the message's after all.
+/// A fault of the account that is not yet held to last. The same job's next one is counted where others got through meanwhile:
+/// it may be the message's after all.
 fn excuse(reason: Reason, progress: &Progress, limits: &RetryLimits, now: OffsetDateTime) -> Disposition {
     let changed = progress.blamed == Some(Blamed::Outdated);
-    if progress.last == Some(reason) && !changed {
+    let unproven = progress.blamed == Some(Blamed::Noted { proven: false });
+    if progress.last == Some(reason) && !changed && !unproven {
         return retry(reason, None, progress, limits, now);
     }
     let step = if changed { None } else { limits.schedule.wait_s(1) };

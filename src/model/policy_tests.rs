@@ -329,7 +329,8 @@ fn a_fault_of_an_organizations_account_costs_its_job_no_attempt() {
     let reason = Reason::AuthFailed;
     let wait = Duration::from_secs;
     let failing = Some(Blamed::Failing { just_now: false });
-    let (noted, outdated) = (Some(Blamed::Noted), Some(Blamed::Outdated));
+    let (noted, unproven) = (Some(Blamed::Noted { proven: true }), Some(Blamed::Noted { proven: false }));
+    let outdated = Some(Blamed::Outdated);
     let soon = |s| Some(NOW + Duration::from_secs(s));
     let cause = Some(reason);
     for (what, blamed, last, expires_at, decided) in [
@@ -339,6 +340,13 @@ fn a_fault_of_an_organizations_account_costs_its_job_no_attempt() {
         ("the database did not answer", None, None, None, Spared { reason, wait: wait(10) }),
         ("after another failure", noted, Some(Reason::Timeout), None, Spared { reason, wait: wait(10) }),
         ("others got through meanwhile", noted, Some(reason), None, Retry { reason, wait: wait(60) }),
+        (
+            "released, and nobody got through since",
+            unproven,
+            Some(reason),
+            None,
+            Spared { reason, wait: wait(10) },
+        ),
         ("it was changed meanwhile", outdated, Some(reason), None, Spared { reason, wait: wait(5) }),
         ("past its time", failing, None, soon(0), Dead { reason: Reason::Expired, cause }),
         ("past its time by then", noted, None, soon(10), Dead { reason: Reason::Expired, cause }),
@@ -359,7 +367,8 @@ fn a_server_that_cannot_be_reached_is_retried_until_its_configuration_fails() {
     let verdict = Verdict::Retry { reason, at_least: None, feedback: Feedback::Unreachable };
     let decided = |blamed| decide(verdict, &Progress { blamed, ..progress(1) }, &limits(), NOW);
     let retry = Disposition::Retry { reason, wait: Duration::from_secs(10) };
-    assert_eq!([decided(None), decided(Some(Blamed::Noted)), decided(Some(Blamed::Outdated))], [retry; 3]);
+    let noted = Some(Blamed::Noted { proven: true });
+    assert_eq!([decided(None), decided(noted), decided(Some(Blamed::Outdated))], [retry; 3]);
     assert_eq!(decided(Some(Blamed::Failing { just_now: true })), Disposition::Park { reason });
 }
 

@@ -22,7 +22,7 @@ use super::reply::{RawReply, dial_fault, egress_fault, protocol};
 use super::session::{Session, SessionFacts, drive};
 use super::stream::{Channel, Deadlines, Io, SharedChannel};
 use super::tls::{TlsFacts, TlsRoots, facts, handshake_fault, no_certificate_possible};
-use crate::egress::{ApprovedAddr, Egress, OperatorsHost, ServerHost, dial};
+use crate::egress::{ApprovedAddr, Egress, LOOK_UP_LIMIT, OperatorsHost, ServerHost, dial};
 use crate::model::failure::{Failure, Fault, Phase, Reply};
 use crate::model::policy;
 use crate::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
@@ -33,6 +33,10 @@ const CACHED_CONFIGS_MAX: usize = 4096;
 const MECHANISMS_MAX: usize = 32;
 /// What can be used, the better one first.
 const USABLE: [Mechanism; 2] = [Mechanism::Plain, Mechanism::Login];
+
+/// Replies that an opening may wait for, each for its own deadline: greeting, EHLO, STARTTLS, EHLO again, a refused PLAIN, and
+/// the three of LOGIN.
+const REPLIES_MAX: u32 = 8;
 
 /// Hears how long each phase took, and what was not dialled. Called from the sending task: it must not block.
 pub trait Observer: Send + Sync {
@@ -201,6 +205,12 @@ impl SmtpConnector {
         let mut opening = Opening::new(self, destination, account)?;
         let outcome = opening.run_until(by).await;
         opening.conclude(outcome)
+    }
+
+    /// The longest that [`SmtpConnector::open`] takes: each of its steps as long as it may.
+    pub fn longest_opening(&self) -> Duration {
+        let Deadlines { connect, command, .. } = self.options.deadlines;
+        LOOK_UP_LIMIT + 2 * connect + REPLIES_MAX * command
     }
 
     /// The same connector with resumption caches of its own: nothing that is opened with it is remembered for, or made

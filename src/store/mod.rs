@@ -48,6 +48,8 @@ pub use smtp_configs::{
 };
 pub use test_times::TestPermit;
 
+use smtp_configs::reason_from;
+
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
 /// The oldest PostgreSQL that this program works with.

@@ -15,6 +15,19 @@ use super::{Store, StoreError};
 use crate::model::organization::OrganizationId;
 use crate::secrets::{Context, Field, KeyRing, OpenError};
 
+/// Keys of parked letters beside those of a ring. Of damaged rows any number may seem to be there.
+const OF_PARKED: &str = concat!(
+    "SELECT DISTINCT key FROM (
+    SELECT ",
+    key_of!("body_sealed"),
+    " AS key FROM dead_letters WHERE state = 'parked'
+    UNION ALL
+    SELECT ",
+    key_of!("properties_sealed"),
+    " FROM dead_letters WHERE state = 'parked'
+) AS heads WHERE key <> ALL ($1) ORDER BY key LIMIT 100"
+);
+
 /// Configurations read at once.
 const PAGE: i64 = 500;
 
@@ -46,7 +59,7 @@ macro_rules! key_of {
     };
 }
 
-use key_of;
+pub(in crate::store) use key_of;
 
 /// What a look at every stored configuration found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,6 +75,16 @@ pub struct SealedReport {
 }
 
 impl Store {
+    /// The ids of keys that parked letters need and that are not at hand.
+    ///
+    /// # Errors
+    /// When the database did not answer.
+    pub async fn keys_missing_for_parked(&self, keys: &KeyRing) -> Result<BTreeSet<String>, StoreError> {
+        let question = sqlx::query_scalar(OF_PARKED).bind(keys.ids().collect::<Vec<_>>());
+        let ids: Vec<String> = self.on_session(async |session| question.fetch_all(session).await).await?;
+        Ok(ids.into_iter().collect())
+    }
+
     /// Tries to open every stored configuration.
     ///
     /// # Errors

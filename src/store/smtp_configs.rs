@@ -183,7 +183,7 @@ impl ConfigRow {
 }
 
 /// A newer program may have written one that this one has no name for.
-fn reason_from(stored: Option<&str>) -> Reason {
+pub(super) fn reason_from(stored: Option<&str>) -> Reason {
     stored.and_then(Reason::from_name).unwrap_or(Reason::Internal)
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use secrecy::SecretString;
+use sendoff::model::address::EmailAddress;
 use sendoff::model::failure::Reason;
-use sendoff::model::health::{Absolution, Blamed, Health};
+use sendoff::model::health::{Absolution, Blamed, Health, Pauses, Suspect};
 use sendoff::model::organization::OrganizationId;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{AuditEntry, DueProbe, Failing, SmtpConfig, SmtpConfigPatch, SmtpConfigs, Store};
@@ -46,7 +47,17 @@ impl House {
     }
 
     async fn blame(&self, version: i64, reason: Reason) -> Blamed {
-        self.configs.blame(&acme(), version, reason, HINT).await.expect("the database answers")
+        self.blame_as(version, reason, Suspect::Account).await
+    }
+
+    async fn blame_as(&self, version: i64, reason: Reason, suspect: Suspect) -> Blamed {
+        self.configs.blame(&acme(), version, reason, HINT, suspect).await.expect("the database answers")
+    }
+
+    /// Holds this against it, which is not enough.
+    async fn note(&self, reason: Reason) {
+        let blamed = self.blame(1, reason).await;
+        assert!(matches!(blamed, Blamed::Noted { .. }), "{reason}: {blamed:?}");
     }
 
     async fn absolve(&self, version: i64, by: Absolution) {
@@ -57,9 +68,15 @@ impl House {
         self.configs.recovered(&acme(), version).await.expect("the database answers")
     }
 
+    /// A probe came to nothing.
+    async fn probe_failed(&self, probe: &DueProbe, reason: Reason, hint: Option<&str>, pauses: Pauses) {
+        let recorded = self.configs.probe_failed(probe, reason, hint, pauses).await;
+        recorded.expect("the database answers");
+    }
+
     async fn probes(&self, for_all: bool, limit: u32) -> Vec<DueProbe> {
         let lease = Duration::from_secs(60);
-        self.configs.claim_probes(for_all, limit, lease).await.expect("the database answers")
+        self.configs.claim_probes(for_all, limit, lease, &[]).await.expect("the database answers")
     }
 
     async fn config(&self) -> SmtpConfig {
@@ -125,7 +142,7 @@ async fn of_many_who_see_a_configuration_fail_at_once_one_is_told_that_it_begins
 async fn a_configuration_that_has_worked_fails_at_the_second_refusal_in_a_row() {
     let house = House::of(&["acme"]).await;
     house.works().await;
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
     assert!(house.health().await.blemished);
     house.absolve(1, Absolution::Reached).await;
     assert!(house.health().await.blemished, "to be reached says nothing of the password");
@@ -134,10 +151,37 @@ async fn a_configuration_that_has_worked_fails_at_the_second_refusal_in_a_row() 
         house.health().await,
         Health { worked: true, blemished: false, unreached: false, failing: None }
     );
-    assert_eq!(house.blame(1, Reason::SenderRefused).await, Blamed::Noted, "a success came between");
+    // A success came between.
+    house.note(Reason::SenderRefused).await;
     assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING_ALREADY);
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
+}
+
+#[tokio::test]
+async fn a_message_that_is_refused_again_counts_only_until_others_got_through() {
+    let house = House::of(&["acme"]).await;
+    let again = async || house.blame_as(1, Reason::SenderRefused, Suspect::Message).await;
+    house.works().await;
+    for _ in 0..5 {
+        assert_eq!(again().await, Blamed::Noted { proven: true });
+    }
+    assert!(!house.health().await.blemished);
+    house.note(Reason::SenderRefused).await;
+    assert_eq!(again().await, FAILING, "behind another's it is the second in a row");
+    // A test shows the login alone, and an update nothing yet.
+    for anew in [false, true] {
+        house.absolve(1, Absolution::Worked).await;
+        let version = if anew {
+            house.update(SmtpConfigPatch { port: Some(465), ..Default::default() }).await.version
+        } else {
+            1
+        };
+        assert!(house.recovered(version).await);
+        let blame = async || house.blame_as(version, Reason::SenderRefused, Suspect::Message).await;
+        assert_eq!(blame().await, Blamed::Noted { proven: false });
+        assert_eq!(blame().await, FAILING);
+    }
 }
 
 #[tokio::test]
@@ -145,7 +189,7 @@ async fn two_refusals_at_once_are_two_in_a_row() {
     let house = House::of(&["acme"]).await;
     house.works().await;
     let told = join_all((0..2).map(|_| house.blame(1, Reason::AuthFailed))).await;
-    assert!(told.contains(&Blamed::Noted) && told.contains(&FAILING), "{told:?}");
+    assert!(told.contains(&Blamed::Noted { proven: true }) && told.contains(&FAILING), "{told:?}");
 }
 
 #[tokio::test]
@@ -167,19 +211,40 @@ async fn a_server_out_of_reach_fails_after_ten_minutes_and_being_reached_ends_th
             "UPDATE smtp_configs SET unreachable_since = unreachable_since - interval '{minutes} minutes'"
         ))
     };
-    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    house.note(Reason::ConnectFailed).await;
     minutes_ago(9).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted);
+    house.note(Reason::ConnectTimeout).await;
     minutes_ago(2).await;
     house.absolve(1, Absolution::Reached).await;
-    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, Blamed::Noted, "it begins anew");
+    // It begins anew.
+    house.note(Reason::ConnectTimeout).await;
     minutes_ago(11).await;
     // A refusal comes from a server that was reached.
     house.database.run("UPDATE smtp_configs SET worked_at = now()").await;
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
-    assert_eq!(house.blame(1, Reason::ConnectFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
+    house.note(Reason::ConnectFailed).await;
     minutes_ago(11).await;
     assert_eq!(house.blame(1, Reason::ConnectFailed).await, FAILING);
+}
+
+#[tokio::test]
+async fn a_server_that_nobody_tried_to_reach_for_an_hour_was_not_out_of_reach_meanwhile() {
+    let house = House::of(&["acme"]).await;
+    let minutes_ago = |minutes| {
+        house.database.run(format!(
+            "UPDATE smtp_configs SET unreachable_since = unreachable_since - interval '{minutes} minutes',
+             unreachable_at = unreachable_at - interval '{minutes} minutes'"
+        ))
+    };
+    house.note(Reason::ConnectFailed).await;
+    minutes_ago(3 * 24 * 60).await;
+    // It begins anew.
+    house.note(Reason::ConnectTimeout).await;
+    minutes_ago(9).await;
+    house.note(Reason::ConnectTimeout).await;
+    // As far apart as attempts of one job are.
+    minutes_ago(30).await;
+    assert_eq!(house.blame(1, Reason::ConnectTimeout).await, FAILING);
 }
 
 #[tokio::test]
@@ -193,10 +258,10 @@ async fn what_is_said_of_an_older_version_changes_nothing() {
     assert!(!house.recovered(1).await);
     assert!(house.failing().await.is_some());
     let of_another = DueProbe { organization: acme(), version: 1 };
-    house.configs.probe_failed(&of_another, Reason::TlsFailed, Some("")).await.expect("the database answers");
+    house.probe_failed(&of_another, Reason::TlsFailed, Some(""), Pauses::Short).await;
     assert_eq!(house.failing().await.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let nobody = OrganizationId::parse("beta").expect("an id");
-    let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "").await;
+    let gone = house.configs.blame(&nobody, 1, Reason::AuthFailed, "", Suspect::Account).await;
     assert_eq!(gone.expect("the database answers"), Blamed::Outdated);
 }
 
@@ -214,11 +279,32 @@ async fn probes_come_after_growing_pauses_which_a_refused_password_makes_long() 
             house.database.run("UPDATE smtp_configs SET next_probe_at = now()").await;
             let probe = house.probes(false, 10).await.pop().expect("it is due");
             assert_eq!(house.next_probe_s().await, 60, "it is somebody's");
-            house.configs.probe_failed(&probe, reason, Some(HINT)).await.expect("the database answers");
+            house.probe_failed(&probe, reason, Some(HINT), Pauses::after(reason)).await;
             seen.push(house.next_probe_s().await);
         }
         assert_eq!(seen, pauses_s, "{reason}");
     }
+}
+
+#[tokio::test]
+async fn trouble_before_the_login_is_looked_at_again_in_minutes_and_brings_no_later_login_nearer_or_farther()
+{
+    let house = House::of(&["acme"]).await;
+    assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
+    let mut seen = vec![house.next_probe_s().await];
+    let probe = DueProbe { organization: acme(), version: 1 };
+    for pauses in [Pauses::Short, Pauses::Short, Pauses::Long, Pauses::Short, Pauses::Long] {
+        house.probe_failed(&probe, Reason::AuthFailed, None, pauses).await;
+        seen.push(house.next_probe_s().await);
+    }
+    assert_eq!(seen, [3600, 300, 600, 14_400, 1200, 43_200]);
+    house.recovered(1).await;
+    assert!(house.health().await.blemished, "until a message is accepted");
+    house.absolve(1, Absolution::Worked).await;
+    assert!(!house.health().await.blemished);
+    house.blame(1, Reason::AuthFailed).await;
+    assert_eq!(house.blame(1, Reason::AuthFailed).await, FAILING);
+    assert_eq!(house.next_probe_s().await, 3600, "they begin anew");
 }
 
 #[tokio::test]
@@ -230,7 +316,8 @@ async fn the_pauses_go_on_after_a_test_went_well_until_a_message_is_accepted() {
         house.health().await,
         Health { worked: true, blemished: true, unreached: false, failing: None }
     );
-    assert_eq!(house.blame(1, Reason::TlsFailed).await, Blamed::Noted, "the test has shown that it works");
+    // The test has shown that it works.
+    house.note(Reason::TlsFailed).await;
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING);
     assert_eq!(house.next_probe_s().await, 600);
     assert!(house.recovered(1).await);
@@ -269,7 +356,7 @@ async fn a_test_that_went_well_opens_the_way_once_and_notes_the_recovery() {
     assert!(!house.recovered(1).await, "it was not failing");
     assert_eq!(house.recoveries().await, 0);
     // The test has shown that it works, so it takes two.
-    assert_eq!(house.blame(1, Reason::AuthFailed).await, Blamed::Noted);
+    house.note(Reason::AuthFailed).await;
     assert_eq!(house.blame(1, Reason::TlsFailed).await, FAILING);
     let told = join_all((0..4).map(|_| house.recovered(1))).await;
     assert_eq!(told.iter().filter(|was| **was).count(), 1, "{told:?}");
@@ -278,24 +365,53 @@ async fn a_test_that_went_well_opens_the_way_once_and_notes_the_recovery() {
 }
 
 #[tokio::test]
-async fn an_update_of_a_failing_configuration_keeps_it_failing_and_has_it_probed_at_once() {
+async fn an_update_that_may_mend_a_failing_configuration_keeps_it_failing_and_has_it_probed_at_once() {
     let house = House::of(&["acme"]).await;
     house.blame(1, Reason::AuthFailed).await;
     let updated = house.update(SmtpConfigPatch { password: Some("x".into()), ..Default::default() }).await;
     assert_eq!(updated.failing.map(|failing| failing.reason), Some(Reason::AuthFailed));
     let due = [DueProbe { organization: acme(), version: 2 }];
     assert_eq!(house.probes(false, 10).await, due);
-    house
-        .configs
-        .probe_failed(&due[0], Reason::TlsFailed, Some("other"))
-        .await
-        .expect("the database answers");
+    house.probe_failed(&due[0], Reason::TlsFailed, Some("other"), Pauses::Short).await;
     assert_eq!(house.next_probe_s().await, 300, "the pauses begin anew");
     let failing = house.failing().await.expect("it fails");
     assert_eq!((failing.reason, failing.hint.as_str()), (Reason::TlsFailed, "other"));
-    let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
-    assert_eq!(house.update(name).await.version, 3);
-    assert_eq!(house.probes(false, 10).await.len(), 1);
+}
+
+#[tokio::test]
+async fn an_update_that_cannot_mend_what_fails_offers_the_refused_password_no_sooner() {
+    let from = || EmailAddress::parse("other@acme.example").ok();
+    let name = || Some("Other".to_owned());
+    let unchanged = || SmtpConfigPatch {
+        host: Some("smtp.acme.example".into()),
+        port: Some(587),
+        secure: Some(true),
+        from_email: EmailAddress::parse("a@acme.example").ok(),
+        from_name: name(),
+        ..Default::default()
+    };
+    let (auth, sender) = (Reason::AuthFailed, Reason::SenderRefused);
+    for (reason, patch, at_once) in [
+        (auth, SmtpConfigPatch { from_name: name(), ..Default::default() }, false),
+        (auth, SmtpConfigPatch { from_email: from(), ..Default::default() }, false),
+        (auth, unchanged(), false),
+        (auth, SmtpConfigPatch { port: Some(465), ..Default::default() }, true),
+        (auth, SmtpConfigPatch { username: Some("x".into()), ..Default::default() }, true),
+        (sender, SmtpConfigPatch { from_email: from(), ..Default::default() }, true),
+        (sender, SmtpConfigPatch { from_name: name(), ..Default::default() }, false),
+    ] {
+        let house = House::of(&["acme"]).await;
+        house.blame(1, reason).await;
+        let told = format!("{reason} {patch:?}");
+        let pause = house.next_probe_s().await;
+        let updated = house.update(patch).await;
+        assert_eq!((updated.version, updated.failing.is_some()), (2, true), "{told}");
+        assert_eq!(house.next_probe_s().await, if at_once { 0 } else { pause }, "{told}");
+        let probe = DueProbe { organization: acme(), version: 2 };
+        house.probe_failed(&probe, reason, None, Pauses::after(reason)).await;
+        let grows = house.next_probe_s().await > pause;
+        assert_eq!(grows, !at_once, "the pauses go on, or begin anew: {told}");
+    }
 }
 
 #[tokio::test]
@@ -305,10 +421,10 @@ async fn an_update_of_a_working_configuration_forgets_what_the_old_server_has_sh
     house.blame(1, Reason::AuthFailed).await;
     let name = SmtpConfigPatch { from_name: Some("Other".into()), ..Default::default() };
     house.update(name).await;
-    assert_eq!(
-        house.health().await,
-        Health { worked: true, blemished: false, unreached: false, failing: None }
-    );
+    assert!(house.health().await.worked);
+    // What was held against the version before counts no longer.
+    let blamed = house.blame(2, Reason::AuthFailed).await;
+    assert!(matches!(blamed, Blamed::Noted { .. }), "{blamed:?}");
     house.update(SmtpConfigPatch { password: Some("x".into()), ..Default::default() }).await;
     assert_eq!(house.health().await, Health::default());
     assert!(house.probes(true, 10).await.is_empty());
@@ -328,19 +444,48 @@ async fn the_end_of_a_failing_configuration_is_a_recovery_and_of_a_working_one_i
 }
 
 #[tokio::test]
-async fn trouble_that_nobody_has_announced_is_found_by_who_looks_for_it() {
+async fn trouble_that_nobody_has_announced_in_time_is_taken_by_one_at_a_time_until_it_is() {
     let house = House::of(&["acme"]).await;
-    let unannounced = async |ago_s| {
-        house.configs.unannounced(Duration::from_secs(ago_s)).await.expect("the database answers")
-    };
-    assert!(unannounced(0).await.is_empty());
+    let take = async || house.configs.take_unannounced().await.expect("the database answers");
+    let time_is_up = || house.database.run("UPDATE smtp_configs SET announce_at = now()");
+    assert_eq!(take().await, None);
     house.blame(1, Reason::AuthFailed).await;
-    assert!(unannounced(60).await.is_empty(), "whoever has seen it begin is given time");
-    let [trouble] = &unannounced(0).await[..] else { panic!("one trouble") };
-    assert_eq!((&trouble.organization, trouble.version), (&acme(), 1));
-    assert_eq!((trouble.reason, trouble.hint.as_str()), (Reason::AuthFailed, HINT));
-    house.blame(1, Reason::AuthFailed).await;
+    assert_eq!(take().await, None, "whoever has seen it begin is given time");
+    for _ in 0..2 {
+        time_is_up().await;
+        let taken = join_all((0..8).map(|_| take())).await;
+        let taken: Vec<_> = taken.into_iter().flatten().collect();
+        let [trouble] = &taken[..] else { panic!("{taken:?}") };
+        assert_eq!((&trouble.organization, trouble.version), (&acme(), 1));
+        assert_eq!((trouble.reason, trouble.hint.as_str()), (Reason::AuthFailed, HINT));
+        assert_eq!(take().await, None, "it is somebody's");
+    }
     house.configs.announced(&acme(), 1).await.expect("the database answers");
     house.blame(1, Reason::AuthFailed).await;
-    assert!(unannounced(0).await.is_empty());
+    let open = "SELECT count(*) FROM smtp_configs WHERE announce_at IS NOT NULL";
+    assert_eq!(house.database.number(open).await, 0);
+}
+
+#[tokio::test]
+async fn trouble_that_ends_before_it_is_announced_is_announced_with_its_end() {
+    let until = Instant::now() + SOON;
+    for deleted in [false, true] {
+        for announced in [false, true] {
+            let house = House::of(&["acme"]).await;
+            house.blame(1, Reason::AuthFailed).await;
+            if deleted {
+                house.configs.delete(&acme(), entry(), until).await.expect("it is deleted");
+            } else {
+                assert!(house.recovered(1).await);
+            }
+            if announced {
+                house.configs.announced(&acme(), 1).await.expect("the database answers");
+            }
+            house.database.run("UPDATE recoveries SET recovered_at = now() - interval '2 seconds'").await;
+            let finished = house.store.finished_recoveries(&[]).await.expect("the database answers");
+            let [recovery] = &finished[..] else { panic!("{finished:?}") };
+            let told = recovery.unannounced.as_ref().map(|trouble| (trouble.version, trouble.reason));
+            assert_eq!(told, (!announced).then_some((1, Reason::AuthFailed)), "{deleted} {announced}");
+        }
+    }
 }

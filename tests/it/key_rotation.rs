@@ -21,10 +21,10 @@ use tokio::process::Child;
 
 use crate::support::broker::eventually;
 use crate::support::letters::{archive, new_letter};
-use crate::support::world::{KEYS, PASSWORD, SOON, USERNAME, World, job};
+use crate::support::world::{KEYS, NEW_KEY, PASSWORD, SOON, USERNAME, World, job};
 
 /// The key that everything is sealed anew under.
-const NEW: &str = "k2:ZmVkY2JhOTg3NjU0MzIxMGZlZGNiYTk4NzY1NDMyMTA=";
+const NEW: &str = NEW_KEY;
 /// The id of the key that a sealed value names.
 const KEY_OF_PASSWORD: &str = "encode(substr(password_sealed, 3, get_byte(password_sealed, 1)), 'escape')";
 /// Everything of a configuration but its sealed values, of all of them.

@@ -21,6 +21,7 @@ mod forgetting;
 mod health;
 mod hostile;
 mod key_rotation;
+mod keyless;
 mod ledger;
 mod losses;
 mod once;

@@ -120,7 +120,7 @@ async fn a_thousand_jobs_whose_password_is_refused_cost_the_server_one_connectio
     assert_eq!(count(&world, tried).await, 1, "what was never tried has no Message-ID yet");
     let shown = world.commanded("smtp_config.get", "acme", json!({})).await;
     assert_eq!(shown["status"], "failing");
-    assert_eq!(count(&world, "FROM smtp_configs WHERE failing_announced").await, 2);
+    assert_eq!(count(&world, "FROM smtp_configs WHERE announce_at IS NULL").await, 2);
     worker.stop().await;
     world.end().await;
 }
@@ -204,6 +204,73 @@ async fn a_sender_that_is_refused_twice_is_refused_on_two_connections() {
     assert_eq!(world.server.connections(), 2, "the session of before is not used again");
     assert_eq!(world.server.seen(|seen| seen.count("MAIL")), 3);
     assert_eq!(announced(&world, "acme").await["reason"], "sender_refused");
+    worker.stop().await;
+    world.end().await;
+}
+
+/// What a probe finds is that the login works.
+async fn released_by_a_probe(world: &World, organization: &str) {
+    let sql =
+        format!("UPDATE smtp_configs SET next_probe_at = now() WHERE organization_id = '{organization}'");
+    world.database.run(sql).await;
+    let is =
+        |event: &Value| event["type"] == "smtp_config.recovered" && event["organization_id"] == organization;
+    world.events.wait_for(is, SOON).await;
+}
+
+#[tokio::test]
+async fn a_message_that_alone_is_refused_parks_its_organization_once_and_then_dies_by_its_own_retries() {
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "600,600,600");
+    let worker = world.worker().await;
+    let server = that_works(&world, "acme").await;
+    server.rule(Rule::new(Stage::Rcpt, Action::reply("554 5.7.1 Relay access denied")).of("eve@far.example"));
+    let mut refused = job(Some("acme"));
+    refused["to"] = json!(["eve@far.example"]);
+    let id = world.publish(&refused).await;
+    let tried = async |attempts: u32| {
+        eventually(&format!("attempt {attempts} has failed"), async || {
+            let row = world.status(Some("acme"), id).await.expect("a row");
+            row.attempts == attempts && matches!(row.state, State::Deferred | State::Dead)
+        })
+        .await;
+    };
+    tried(1).await;
+    world.retry_now(600, id).await;
+    parked(&world, "acme", 1).await;
+    released_by_a_probe(&world, "acme").await;
+    tried(3).await;
+    // Others get through.
+    let other = world.publish(&job(Some("acme"))).await;
+    world.state(Some("acme"), other, State::Sent).await;
+    eventually("it is proven", async || count(&world, "FROM smtp_configs WHERE proven").await == 1).await;
+    for attempts in 4..=7 {
+        world.retry_now(600, id).await;
+        tried(attempts).await;
+        assert_eq!(count(&world, "FROM smtp_configs WHERE failing_since IS NOT NULL").await, 0);
+    }
+    let row = world.state(Some("acme"), id, State::Dead).await;
+    assert_eq!(row.reason, Some(Reason::RetriesExhausted));
+    assert_eq!((failing(&world).len(), world.event_count("email.parked", id)), (1, 1));
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_is_released_into_an_account_that_still_refuses_is_parked_again_and_nobody_is_charged() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    let server = that_works(&world, "acme").await;
+    server.rule(Rule::new(Stage::Mail, Action::reply("553 5.7.1 not owned by user")));
+    publish(&world, "acme", 5).await;
+    parked(&world, "acme", 5).await;
+    for failures in 2..=3 {
+        released_by_a_probe(&world, "acme").await;
+        let again = format!("FROM smtp_configs WHERE failing_since IS NOT NULL AND probes = {failures}");
+        eventually("it fails again", async || count(&world, &again).await == 1).await;
+        parked(&world, "acme", 5).await;
+    }
+    assert_eq!(count(&world, "FROM jobs WHERE state = 'parked' AND attempts = spared").await, 5);
     worker.stop().await;
     world.end().await;
 }

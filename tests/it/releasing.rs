@@ -22,12 +22,12 @@ use crate::support::world::{PASSWORD, SOON, World, job};
 /// For many jobs on a machine that is busy with other tests.
 const A_WHILE: Duration = Duration::from_secs(180);
 
-fn id_of(job: &Value) -> Uuid {
+pub(crate) fn id_of(job: &Value) -> Uuid {
     job["id"].as_str().and_then(|id| id.parse().ok()).expect("a job of a test has an id")
 }
 
 /// The letter of a job that was parked so many seconds ago, for its organization's password was refused.
-fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
+pub(crate) fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
     let body = serde_json::to_vec(job).expect("JSON");
     let organization = job["organization_id"].as_str().map(|id| OrganizationId::parse(id).expect("an id"));
     let died_at = Clock::system().now() - Duration::from_secs(ago_s);
@@ -50,7 +50,7 @@ fn parked_letter(job: &Value, ago_s: u64) -> NewLetter {
 }
 
 /// Parks jobs as a worker does, the first one the longest ago: in the ledger and in the archive.
-async fn park(world: &World, jobs: &[Value]) {
+pub(crate) async fn park(world: &World, jobs: &[Value]) {
     let count = jobs.len() as u64;
     let letters: Vec<NewLetter> =
         (0..).zip(jobs).map(|(nth, job)| parked_letter(job, 60 + count - nth)).collect();
@@ -60,28 +60,28 @@ async fn park(world: &World, jobs: &[Value]) {
     world.database.run(ENTER_PARKED).await;
 }
 
-const ENTER_PARKED: &str = "
+pub(crate) const ENTER_PARKED: &str = "
 INSERT INTO jobs (id, organization_id, body_hash, state, turn, owner, attempts, spared, first_at, updated_at, reason, detail)
 SELECT job_id, organization_id, body_hash, 'parked', turn, 0, attempts, attempts, first_at, died_at, reason, detail
 FROM dead_letters WHERE state = 'parked' ON CONFLICT DO NOTHING";
 
-fn jobs(organization: &str, count: usize) -> Vec<Value> {
+pub(crate) fn jobs(organization: &str, count: usize) -> Vec<Value> {
     (0..count).map(|_| job(Some(organization))).collect()
 }
 
 /// Makes a configuration fail as its server's refusals would, with its next probe in so many seconds.
-async fn fail(world: &World, organization: &str, probe_in_s: i64) {
+pub(crate) async fn fail(world: &World, organization: &str, probe_in_s: i64) {
     world
         .database
         .run(format!(
             "UPDATE smtp_configs SET failing_since = now(), failing_reason = 'auth_failed', failing_hint = 'Ask.', \
-             failing_announced = true, strikes = 2, probes = 1, \
+             announce_at = NULL, strikes = 2, long_probes = 1, \
              next_probe_at = now() + {probe_in_s} * interval '1 second' WHERE organization_id = '{organization}'"
         ))
         .await;
 }
 
-async fn probe_now(world: &World, organization: &str) {
+pub(crate) async fn probe_now(world: &World, organization: &str) {
     world
         .database
         .run(format!(
@@ -92,7 +92,9 @@ async fn probe_now(world: &World, organization: &str) {
 
 /// Waits until so many probes were made since the last message was accepted.
 async fn probed(world: &World, organization: &str, probes: i64) {
-    let sql = format!("SELECT probes::bigint FROM smtp_configs WHERE organization_id = '{organization}'");
+    let sql = format!(
+        "SELECT (probes + long_probes)::bigint FROM smtp_configs WHERE organization_id = '{organization}'"
+    );
     eventually(&format!("{probes} probes are made"), async || {
         world.database.number(sql.as_str()).await == probes
     })
@@ -110,7 +112,7 @@ async fn count_of(world: &World, state: &str) -> i64 {
     world.database.number(format!("SELECT count(*) FROM dead_letters WHERE state = '{state}'")).await
 }
 
-async fn recovered(world: &World, organization: &str) -> u64 {
+pub(crate) async fn recovered(world: &World, organization: &str) -> u64 {
     let of =
         |event: &Value| event["type"] == "smtp_config.recovered" && event["organization_id"] == organization;
     world.events.wait_for(of, SOON).await["released"].as_u64().expect("a count")
@@ -126,7 +128,7 @@ fn taken(server: &SmtpServer) -> Vec<Uuid> {
 }
 
 /// Each of these jobs once, and no other.
-fn assert_once(server: &SmtpServer, jobs: &[Value]) {
+pub(crate) fn assert_once(server: &SmtpServer, jobs: &[Value]) {
     let (mut taken, mut expected) = (taken(server), jobs.iter().map(id_of).collect::<Vec<_>>());
     taken.sort_unstable();
     expected.sort_unstable();
@@ -231,6 +233,27 @@ async fn trouble_that_may_pass_says_nothing_about_a_configuration_and_a_verdict_
 }
 
 #[tokio::test]
+async fn a_server_that_turns_a_probe_away_before_the_login_is_tried_again_within_minutes() {
+    let world = World::with(|server| {
+        server.rule(Rule::new(Stage::Banner, Action::reply("421 4.3.2 Later")).once());
+        server.rule(Rule::new(Stage::Banner, Action::Close).once());
+        server.rule(Rule::new(Stage::Auth, Action::reply("454 4.7.0 Temporary failure")).once());
+    })
+    .await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    let minutes = "SELECT round(extract(epoch FROM next_probe_at - now()) / 60)::bigint FROM smtp_configs";
+    for (probe, pause) in [(1, 5), (2, 10), (3, 240)] {
+        probe_now(&world, "acme").await;
+        probed(&world, "acme", 1 + probe).await;
+        assert_eq!(world.database.number(minutes).await, pause, "after probe {probe}");
+    }
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_slow_server_holds_up_no_other_probe() {
     let world = World::with(|server| server.rule(Rule::new(Stage::Banner, Action::Silence))).await;
     let worker = world.worker().await;
@@ -243,6 +266,27 @@ async fn a_slow_server_holds_up_no_other_probe() {
     assert_eq!(quick.connections(), 1);
     assert!(is_failing(&world, "slow").await);
     worker.kill().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_server_that_a_send_would_wait_for_is_waited_for_by_a_probe() {
+    let go_on = std::sync::Arc::new(tokio::sync::Notify::new());
+    let world = World::with(|server| {
+        server.rule(Rule::new(Stage::Banner, Action::Hold(go_on.clone())).once());
+    })
+    .await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 0).await;
+    world.server.wait_for(SOON, |seen| seen.sessions.len() == 1).await.expect("its probe begins");
+    // A minute for the connection, for TLS and for each reply: so long the probe is this worker's, and nobody else's.
+    let held = "SELECT count(*) FROM smtp_configs WHERE next_probe_at > now() + interval '10 minutes'";
+    assert_eq!(world.database.number(held).await, 1);
+    go_on.notify_one();
+    assert_eq!(recovered(&world, "acme").await, 0);
+    assert_eq!(world.server.connections(), 1);
+    worker.stop().await;
     world.end().await;
 }
 
@@ -269,13 +313,31 @@ async fn trouble_that_a_worker_died_over_is_announced_by_another() {
     let worker = world.worker().await;
     world.organization("acme").await;
     fail(&world, "acme", 3600).await;
-    let unsaid =
-        "UPDATE smtp_configs SET failing_announced = false, failing_since = now() - interval '11 seconds'";
-    world.database.run(unsaid).await;
+    world.database.run("UPDATE smtp_configs SET announce_at = now()").await;
     let event = world.events.wait_for(|event| event["type"] == "smtp_config.failing", SOON).await;
     assert_eq!((&event["reason"], &event["hint"]), (&json!("auth_failed"), &json!("Ask.")));
-    let said = "SELECT count(*) FROM smtp_configs WHERE failing_announced";
+    let said = "SELECT count(*) FROM smtp_configs WHERE announce_at IS NULL";
     eventually("it is announced once", async || world.database.number(said).await == 1).await;
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn trouble_that_ended_before_it_was_announced_is_announced_before_its_end() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    world.database.run("UPDATE smtp_configs SET announce_at = now() + interval '1 hour'").await;
+    probe_now(&world, "acme").await;
+    assert_eq!(recovered(&world, "acme").await, 0);
+    let events = world.events.all();
+    let about: Vec<_> = events
+        .iter()
+        .filter_map(|event| event["type"].as_str())
+        .filter(|kind| ["smtp_config.failing", "smtp_config.recovered"].contains(kind))
+        .collect();
+    assert_eq!(about, ["smtp_config.failing", "smtp_config.recovered"]);
     worker.stop().await;
     world.end().await;
 }
@@ -502,15 +564,16 @@ async fn whatever_meets_a_release_each_job_is_sent_once_or_called_back() {
     let recover =
         "UPDATE smtp_configs SET failing_since = NULL, failing_reason = NULL, worked_at = now(), strikes = 0";
     let deeds = "SELECT sum(jsonb_array_length(history)) FROM dead_letters";
+    let open = "SELECT count(*) FROM jobs WHERE state NOT IN ('sent', 'cancelled')";
     let mut called_back = Vec::new();
     for round in 0..12_usize {
         let done = world.database.number(deeds).await;
         let refused = Rule::new(Stage::Auth, Action::reply("535 5.7.8 No")).times(2);
         world.server.change(|server| server.rule(refused));
         // Whoever released may have died, and another failure may come before the next one does.
-        eventually("something is released", async || {
+        eventually("something is released, unless all have ended", async || {
             world.database.run(recover).await;
-            world.database.number(deeds).await > done
+            world.database.number(deeds).await > done || world.database.number(open).await == 0
         })
         .await;
         // The publisher is not sure, and says it once more.
@@ -529,7 +592,6 @@ async fn whatever_meets_a_release_each_job_is_sent_once_or_called_back() {
         }
     }
     world.server.change(Behaviour::clear_rules);
-    let open = "SELECT count(*) FROM jobs WHERE state NOT IN ('sent', 'cancelled')";
     let ended = async || {
         world.database.run(recover).await;
         world.run(&["dead", "replay", "--json", "--all"]).await;
@@ -642,6 +704,40 @@ async fn a_letter_that_cannot_be_opened_stays_and_stops_nobody_else() {
     let complaint = "a parked letter cannot be released";
     worker.logs(complaint).await;
     assert_eq!(worker.log().matches(complaint).count(), 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_release_that_the_database_refuses_is_told_once_and_keeps_no_burial_and_no_recovery_back() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    for organization in ["acme", "other", "fails"] {
+        world.organization(organization).await;
+        fail(&world, organization, 3600).await;
+    }
+    let (stays, mut dies) = (job(Some("acme")), job(Some("fails")));
+    dies["expires_at"] = json!("2026-01-01T00:00:00Z");
+    park(&world, std::slice::from_ref(&stays)).await;
+    world
+        .database
+        .run(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';
+             CREATE TRIGGER refuse BEFORE UPDATE ON dead_letters FOR EACH ROW
+                 WHEN (NEW.replay_turn IS DISTINCT FROM OLD.replay_turn) EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    probe_now(&world, "acme").await;
+    let complaint = "the database refuses what is to be done with parked letters";
+    worker.logs(complaint).await;
+    park(&world, std::slice::from_ref(&dies)).await;
+    world.event("email.expired", id_of(&dies)).await;
+    probe_now(&world, "other").await;
+    assert_eq!(recovered(&world, "other").await, 0);
+    assert_eq!(worker.log().matches(complaint).count(), 1);
+    assert_eq!(world.letter(id_of(&stays)).await.state, LetterState::Parked);
+    world.database.run("DROP TRIGGER refuse ON dead_letters").await;
+    world.received(1).await;
     worker.stop().await;
     world.end().await;
 }

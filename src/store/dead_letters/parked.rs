@@ -68,7 +68,7 @@ const FAILING: &str = concat!("SELECT id FROM unnest($2::text[]) AS a (id) WHERE
 const RELEASE: &str = "
 UPDATE jobs SET state = 'deferred', turn = a.turn, owner = 0, not_before = now(),
     replayed_at = coalesce(jobs.replayed_at, jobs.first_at) + (now() - jobs.updated_at),
-    reason = NULL, detail = NULL, updated_at = now()
+    parked_reason = jobs.reason, reason = NULL, detail = NULL, updated_at = now()
 FROM unnest($1::uuid[], $2::text[], $3::int[]) AS a (id, organization_id, turn)
 WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id
 RETURNING jobs.id, jobs.organization_id, jobs.replayed_at";

@@ -7,12 +7,12 @@ use uuid::Uuid;
 
 use crate::model::letter::LetterId;
 use crate::model::organization::OrganizationId;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, Trouble, reason_from};
 
 /// One of a moment ago may still have letters on their way into the archive. `$1` are letters that cannot be released: nobody
 /// waits for them.
 const FINISHED: &str = "
-SELECT r.organization_id, r.recovered_at, r.released
+SELECT r.organization_id, r.recovered_at, r.released, r.failing_version, r.failing_reason, r.failing_hint
 FROM recoveries AS r LEFT JOIN smtp_configs AS c USING (organization_id)
 WHERE r.recovered_at <= now() - interval '1 second' AND (c.failing_since IS NOT NULL OR NOT EXISTS (
     SELECT FROM dead_letters AS d
@@ -33,6 +33,8 @@ pub struct Recovery {
     pub at: OffsetDateTime,
     /// Parked jobs that went back to their lanes.
     pub released: u64,
+    /// What it had failed for, where nobody has announced that yet.
+    pub unannounced: Option<Trouble>,
 }
 
 impl Store {
@@ -51,7 +53,17 @@ impl Store {
                 let organization = OrganizationId::stored(id)
                     .map_err(|_| StoreError::Internal(format!("`{id}` is stored as an organization")))?;
                 let released = row.try_get::<i64, _>("released")?.unsigned_abs();
-                Ok(Recovery { organization, at: row.try_get("recovered_at")?, released })
+                let version: Option<i64> = row.try_get("failing_version")?;
+                let unannounced = match version {
+                    Some(version) => Some(Trouble {
+                        organization: organization.clone(),
+                        version,
+                        reason: reason_from(row.try_get("failing_reason")?),
+                        hint: row.try_get::<Option<String>, _>("failing_hint")?.unwrap_or_default(),
+                    }),
+                    None => None,
+                };
+                Ok(Recovery { organization, at: row.try_get("recovered_at")?, released, unannounced })
             })
             .collect()
     }

@@ -48,6 +48,7 @@ LEFT JOIN job_groups AS g ON g.organization_id = d.organization_id AND g.name = 
 const HAND_OVER: &str = "
 UPDATE jobs SET state = 'deferred', turn = a.turn, owner = 0, not_before = now(), replayed_at = now(),
     spared = jobs.attempts, unknowns = 0, crashes = 0, committing = false, orphan = NULL, reason = NULL, detail = NULL,
+    parked_reason = NULL,
     pending = a.pending::int[], refused = a.refused::jsonb, updated_at = now()
 FROM unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::text[])
     AS a (id, organization_id, turn, pending, refused)

@@ -69,7 +69,8 @@ WITH asked AS MATERIALIZED (
         END
         AND ((j.crashes = 0 AND (j.state <> 'claimed' OR j.owner = ANY ($6)))
             OR j.id || '/' || j.organization_id = ANY ($11))
-    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at, reason, message_id, pending, refused, partly_sent, orphan,
+    RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at,
+        coalesce(reason, parked_reason) AS reason, message_id, pending, refused, partly_sent, orphan,
         crashes, unknowns, cancel_requested
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,

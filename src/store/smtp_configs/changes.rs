@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::{ConfigRow, SmtpConfig, SmtpConfigs, shown_columns};
 use crate::model::address::EmailAddress;
+use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
 use crate::model::smtp_settings::Credentials;
 use crate::secrets::{Context, Field};
@@ -17,11 +18,16 @@ use crate::store::config_events::{self, Changed};
 /// Mail that waited for it goes through the platform's server.
 const DELETE: &str = "
 WITH deleted AS (
-    DELETE FROM smtp_configs WHERE organization_id = $1 RETURNING organization_id, failing_since
+    DELETE FROM smtp_configs WHERE organization_id = $1
+    RETURNING organization_id, failing_since, failing_reason, failing_hint,
+        CASE WHEN announce_at IS NOT NULL THEN version END AS unannounced
 ), noted AS (
-    INSERT INTO recoveries (organization_id, recovered_at)
-    SELECT organization_id, now() FROM deleted WHERE failing_since IS NOT NULL
-    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at
+    INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
+    SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM deleted WHERE failing_since IS NOT NULL
+    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
+        failing_version = coalesce(excluded.failing_version, r.failing_version),
+        failing_reason = CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
+        failing_hint = CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END
 )
 SELECT count(*) FROM deleted";
 
@@ -65,6 +71,18 @@ impl SmtpConfigPatch {
     /// Whether what is known of the server and its account no longer counts.
     fn starts_anew(&self) -> bool {
         self.touches_connection() || self.from_email.is_some()
+    }
+
+    /// Whether what failed may go well now. Credentials are not compared: whoever gives them again wants them to be tried.
+    fn may_mend(&self, config: &SmtpConfig) -> bool {
+        let Some(failing) = &config.failing else { return false };
+        let sender = self.from_email.as_ref().is_some_and(|from| from.as_str() != config.from_email);
+        self.username.is_some()
+            || self.password.is_some()
+            || self.host.as_ref().is_some_and(|host| *host != config.host)
+            || self.port.is_some_and(|port| port != config.port)
+            || self.secure.is_some_and(|secure| secure != config.secure)
+            || sender && failing.reason == Reason::SenderRefused
     }
 
     fn touches_connection(&self) -> bool {
@@ -159,7 +177,8 @@ impl SmtpConfigs {
             return Err(ChangeError::Conflict { current: config.version });
         }
         allow(&config).map_err(ChangeError::Refused)?;
-        let config = self.apply(tx, organization, patch).await?.into_config()?;
+        let may_mend = patch.may_mend(&config);
+        let config = self.apply(tx, organization, patch, may_mend).await?.into_config()?;
         let changed = Changed::Updated { version: config.version };
         config_events::insert(tx.connection(), organization, changed).await?;
         audit::insert(tx.connection(), audit).await?;
@@ -167,12 +186,14 @@ impl SmtpConfigs {
     }
 
     /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew. What
-    /// is failing stays so until a test has gone well, and is tested at once.
+    /// is failing stays so until a test has gone well, and is tested at once where the update may have mended it: any other
+    /// would only offer a password once more that is known to be wrong.
     async fn apply(
         &self,
         tx: &mut Tx,
         organization: &OrganizationId,
         patch: &SmtpConfigPatch,
+        may_mend: bool,
     ) -> Result<ConfigRow, sqlx::Error> {
         let seal = |field, secret: &Option<SecretString>| {
             secret.as_ref().map(|secret| self.seal(organization, field, secret.expose_secret()))
@@ -185,8 +206,11 @@ impl SmtpConfigs {
                  last_test_at = CASE WHEN $10 THEN NULL ELSE last_test_at END,
                  last_test_ok = CASE WHEN $10 THEN NULL ELSE last_test_ok END,
                  last_test_code = CASE WHEN $10 THEN NULL ELSE last_test_code END,
-                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, strikes = 0, unreachable_since = NULL, probes = 0,
-                 next_probe_at = CASE WHEN failing_since IS NULL THEN NULL ELSE now() END
+                 worked_at = CASE WHEN $11 THEN NULL ELSE worked_at END, proven = proven AND NOT $11, strikes = 0,
+                 unreachable_since = NULL, unreachable_at = NULL,
+                 probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE probes END,
+                 long_probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE long_probes END,
+                 next_probe_at = CASE WHEN $12 THEN now() ELSE next_probe_at END
              WHERE organization_id = $1 RETURNING ",
             shown_columns!()
         ))
@@ -201,6 +225,7 @@ impl SmtpConfigs {
         .bind(seal(Field::Password, &patch.password))
         .bind(patch.touches_connection())
         .bind(patch.starts_anew())
+        .bind(may_mend)
         .fetch_one(tx.connection())
         .await
     }

@@ -16,7 +16,9 @@ use crate::store::{ACQUIRE_BOUND, StoreError};
 const SEALED: &str =
     "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed,
          worked_at IS NOT NULL AS worked, failing_since IS NOT NULL AS failing, failing_reason,
-         unreachable_since IS NOT NULL AS unreached, strikes > 0 OR probes > 0 OR unreachable_since IS NOT NULL AS blemished
+         unreachable_since IS NOT NULL AS unreached,
+         strikes > 0 OR probes > 0 OR long_probes > 0 OR unreachable_since IS NOT NULL
+             OR (worked_at IS NOT NULL AND NOT proven) AS blemished
      FROM organizations LEFT JOIN smtp_configs USING (organization_id) WHERE organization_id = $1";
 
 /// What decides an organization's route, credentials opened.

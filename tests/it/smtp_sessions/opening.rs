@@ -6,7 +6,8 @@ use futures_util::future::join_all;
 use sendoff::model::failure::Fault;
 
 use super::*;
-use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage};
+use crate::support::certs::{Authority, pem_file};
+use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage, Tls};
 use crate::support::world::own_address;
 
 /// A server in the clear that demands a login, and a client that may give it.
@@ -48,6 +49,31 @@ async fn a_server_that_says_nothing_is_a_timeout() {
         assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
     }))
     .await;
+}
+
+/// The clock stands still but where all wait.
+#[tokio::test(start_paused = true)]
+async fn the_longest_opening_is_as_long_as_a_server_may_take_with_every_step_of_one() {
+    let authority = Authority::new("Test CA");
+    let certificate = authority.issue(&["127.0.0.1"]).server_config();
+    let slowly = Action::After(LIMIT - Duration::from_millis(1));
+    let server = SmtpServer::start(|b| {
+        b.tls = Tls::Starttls(certificate);
+        b.login = Some(("user".into(), "pässword".into()));
+        for stage in [Stage::Banner, Stage::Ehlo, Stage::Starttls, Stage::Auth] {
+            b.rule(Rule::new(stage, slowly.clone()));
+        }
+    })
+    .await;
+    let file = pem_file(authority.pem());
+    let connector = Client { extra_ca_files: vec![file.path().to_owned()], ..Client::default() }.connector();
+    let account = with_login(SmtpAccount { tls: TlsMode::Required, ..account(&server) });
+    let begun = tokio::time::Instant::now();
+    let destination = organization();
+    let opening = connector.open(&destination, &account);
+    let opened = tokio::time::timeout(connector.longest_opening(), opening).await;
+    assert!(opened.expect("within the longest opening").is_ok());
+    assert!(begun.elapsed() > 4 * LIMIT, "it did take its time");
 }
 
 #[tokio::test]

@@ -32,6 +32,9 @@ pub const PASSWORD: &str = " pässword with \"quotes\" ";
 /// The key that configurations are sealed under.
 pub const KEYS: &str = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
 
+/// Another one.
+pub const NEW_KEY: &str = "k2:ZmVkY2JhOTg3NjU0MzIxMGZlZGNiYTk4NzY1NDMyMTA=";
+
 /// An address of this process's own, one for each `last`. Unlike at 127.0.0.1, where every connection and every other
 /// test's server takes one, a port that was free there once stays free.
 pub fn own_address(last: u8) -> IpAddr {

@@ -849,14 +849,22 @@ async fn a_row_that_somebody_else_holds_is_not_waited_for_too_long() {
 async fn a_commit_that_is_not_confirmed_is_not_called_unchanged() {
     let world = World::enabled("acme").await;
     world.ok("smtp_config.create", "acme", settings()).await;
+    // The commit waits for a lock, without the limit that the change has set for its own.
     world
-        .sql("CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(4); RETURN NULL; END';
+        .sql(
+            "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0
+              AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';
               CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON smtp_configs DEFERRABLE INITIALLY DEFERRED
-              FOR EACH ROW EXECUTE FUNCTION dawdle()")
+              FOR EACH ROW EXECUTE FUNCTION dawdle()",
+        )
         .await;
-    let reply = world.ask("smtp_config.update", "acme", json!({"port": 25})).await;
-    assert_eq!(reply["error"]["code"], "internal");
+    let mut holder = world.pool.begin().await.unwrap();
+    sqlx::query("SELECT pg_advisory_xact_lock(1)").execute(&mut *holder).await.unwrap();
+    let reply = world.ask_on("smtp_config.update", "acme", json!({"port": 25})).await;
+    assert_eq!(reply["error"]["code"], "internal", "{reply}");
     assert!(text(&reply["error"]["message"]).contains("not known whether the change was made"), "{reply}");
+    assert_eq!(world.configs.get(&id("acme")).await.unwrap().config.unwrap().version, 1);
+    holder.rollback().await.unwrap();
     let begun = Instant::now();
     while world.configs.get(&id("acme")).await.unwrap().config.unwrap().version != 2 {
         assert!(begun.elapsed() < DEADLINE, "here it was made after all");

@@ -17,6 +17,7 @@ use sendoff::model::organization::OrganizationId;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::broker::{Events, TestBroker, amqp_url, eventually};
@@ -62,6 +63,7 @@ pub struct WorkerProcess {
     child: Child,
     http: SocketAddr,
     log: Arc<Mutex<String>>,
+    reading: JoinHandle<()>,
 }
 
 impl World {
@@ -335,7 +337,7 @@ impl WorkerProcess {
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let (found, address) = tokio::sync::oneshot::channel();
         let (to, mut found) = (log.clone(), Some(found));
-        tokio::spawn(async move {
+        let reading = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 let address =
                     line.split_once("http=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
@@ -350,7 +352,7 @@ impl WorkerProcess {
         let http = tokio::time::timeout(SOON, address).await.ok().and_then(Result::ok);
         let http =
             http.unwrap_or_else(|| panic!("the worker did not start: {}", log.lock().expect("no panic")));
-        Self { child, http, log }
+        Self { child, http, log, reading }
     }
 
     /// Waits until `/readyz` says yes.
@@ -406,6 +408,8 @@ impl WorkerProcess {
     pub async fn ended(mut self) -> (i32, String) {
         let status = tokio::time::timeout(SOON, self.child.wait()).await;
         let status = status.unwrap_or_else(|_| panic!("the worker does not end: {}", self.log()));
+        let read = tokio::time::timeout(SOON, &mut self.reading).await;
+        read.expect("its log ends with it").expect("no panic over its log");
         (status.expect("its status").code().unwrap_or(-1), self.log())
     }
 

@@ -149,8 +149,9 @@ async fn a_corrected_password_sends_everything_by_itself_oldest_first_and_says_h
         let id = id_of(job);
         let status = world.state(Some("acme"), id, State::Sent).await;
         assert_eq!(status.attempts, 2, "the one before, which was spared, and this one");
+        eventually("it is marked", async || world.letter(id).await.state == LetterState::Replayed).await;
         let letter = world.letter(id).await;
-        assert_eq!((letter.state, letter.replays), (LetterState::Replayed, 0));
+        assert_eq!(letter.replays, 0);
         let [deed] = &letter.history[..] else { panic!("{:?}", letter.history) };
         assert_eq!((deed.what, deed.by.as_str()), (Deed::Release, "sendoff"));
         assert!(last <= Some(deed.at), "the oldest first");
@@ -158,7 +159,8 @@ async fn a_corrected_password_sends_everything_by_itself_oldest_first_and_says_h
     }
     assert_once(&world.server, &parked);
     assert_eq!(recovered(&world, "acme").await, 12);
-    assert_eq!(world.database.number("SELECT count(*) FROM recoveries").await, 0);
+    let open = "SELECT count(*) FROM recoveries";
+    eventually("it is done with", async || world.database.number(open).await == 0).await;
     eventually("the gauge is down", async || worker.metric("sendoff_organizations_parked").await == 0.0)
         .await;
     // Their age goes on as if they had not been parked.
@@ -509,9 +511,9 @@ async fn whatever_meets_a_release_each_job_is_sent_once_or_called_back() {
         let refused = Rule::new(Stage::Auth, Action::reply("535 5.7.8 No")).times(2);
         world.server.change(|server| server.rule(refused));
         // Whoever released may have died, and another failure may come before the next one does.
-        eventually("something is released", async || {
+        eventually("something is released, or nothing waits", async || {
             world.database.run(recover).await;
-            world.database.number(deeds).await > done
+            world.database.number(deeds).await > done || count_of(&world, "parked").await == 0
         })
         .await;
         // The publisher is not sure, and says it once more.

@@ -270,7 +270,8 @@ async fn a_kept_connection_that_the_server_has_closed_meanwhile_costs_no_attempt
 
 #[tokio::test]
 async fn a_server_that_nobody_answers_at_is_tried_again_and_found_when_it_is_back() {
-    let world = World::new().await;
+    let mut world = World::new().await;
+    world.set("SENDOFF__RETRY__SCHEDULE_S", "120");
     let worker = world.worker().await;
     let ip = own_address(3);
     let vacant = std::net::TcpListener::bind((ip, 0)).expect("a free port");
@@ -285,6 +286,7 @@ async fn a_server_that_nobody_answers_at_is_tried_again_and_found_when_it_is_bac
         behaviour.tls = crate::support::smtp_server::Tls::Starttls(certificate);
     })
     .await;
+    world.retry_now(120, id).await;
     eventually("the job arrives", async || !server.messages().is_empty()).await;
     world.state(Some("acme"), id, State::Sent).await;
     worker.stop().await;

@@ -149,8 +149,9 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     }
     eventually("every slot is taken", async || seen("busy") == SLOTS).await;
     let brief = Duration::from_secs(3);
-    let expiring = BasicProperties::default().with_expiration(brief.as_millis().to_string().into());
-    publish("late", expiring.clone()).await;
+    let expiring =
+        |limit: Duration| BasicProperties::default().with_expiration(limit.as_millis().to_string().into());
+    publish("late", expiring(brief)).await;
     publish("patient", BasicProperties::default()).await;
     test.wait_count(&queue, 0).await;
     let came = Instant::now();
@@ -158,7 +159,7 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     gate.add_permits(2 * SLOTS);
     eventually("the one behind it is carried out", async || seen("patient") == 1).await;
     assert_eq!(seen("late"), 0);
-    publish("timely", expiring).await;
+    publish("timely", expiring(20 * brief)).await;
     eventually("one in time is carried out", async || seen("timely") == 1).await;
     broker.close().await;
     test.clean_up().await;

@@ -298,21 +298,31 @@ async fn what_the_senders_domain_lacks_is_a_warning_and_its_dns_failing_too() {
         let list = list.as_array().expect("a list").iter().filter_map(Value::as_str);
         list.filter_map(|text| Some(text.split_once(": ")?.0.to_owned())).collect()
     };
-    let bare = house.test(settings(server.port())).await;
+    // Whatever a busy name server did not answer in time is asked for again.
+    let test = async |params: Value| {
+        let mut report = Value::Null;
+        eventually("everything is looked up", async || {
+            report = house.test(params.clone()).await;
+            !report["warnings"].to_string().contains("could not be looked up now")
+        })
+        .await;
+        report
+    };
+    let bare = test(settings(server.port())).await;
     assert_eq!(
         (&bare["ok"], topics(&bare["warnings"])),
         (&json!(true), ["SPF", "DMARC", "MX"].map(str::to_owned).to_vec())
     );
     house.dns.script_senders_domain("good.example");
     let params = settings_with(server.port(), json!({"from_email": "hello@good.example"}));
-    let good = house.test(params).await;
+    let good = test(params).await;
     assert_eq!((&good["ok"], &good["warnings"]), (&json!(true), &json!([])), "{good}");
     for topic in ["SPF", "DMARC", "DKIM"] {
         assert!(topics(&good["notes"]).contains(&topic.to_owned()), "{good}");
     }
     // A refused login leaves the sender's domain as it is.
     let params = settings_with(server.port(), json!({"password": "wrong"}));
-    let refused = house.test(params).await;
+    let refused = test(params).await;
     assert_eq!((&refused["ok"], topics(&refused["warnings"]).len()), (&json!(false), 3), "{refused}");
 }
 

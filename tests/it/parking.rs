@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::support::broker::{eventually, eventually_within};
 use crate::support::smtp_server::{Action, Rule, SmtpServer, Stage};
-use crate::support::world::{SOON, World, job, own_address};
+use crate::support::world::{SOON, WorkerProcess, World, job, own_address};
 
 /// For many jobs, on a machine that is busy with other tests.
 const A_WHILE: Duration = Duration::from_secs(240);
@@ -67,14 +67,28 @@ async fn parked(world: &World, organization: &str, jobs: i64) {
     }
 }
 
-/// The events of that kind about organizations, each as organization, reason and hint.
+/// The different events of that kind about organizations, each as organization, reason and hint. Events come at least once.
 fn failing(world: &World) -> Vec<(String, String, String)> {
     let text = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
     let events = world.events.all();
-    let failing = events.iter().filter(|event| event["type"] == "smtp_config.failing");
-    failing
-        .map(|event| (text(event, "organization_id"), text(event, "reason"), text(event, "hint")))
-        .collect()
+    let mut different = Vec::new();
+    for event in events.iter().filter(|event| event["type"] == "smtp_config.failing") {
+        let told = (text(event, "organization_id"), text(event, "reason"), text(event, "hint"));
+        if !different.contains(&told) {
+            different.push(told);
+        }
+    }
+    different
+}
+
+/// That the trouble began once, whoever of these workers met it, although its event may be published again.
+async fn began_once(workers: &[&WorkerProcess]) {
+    let begun = || {
+        let of = |worker: &&WorkerProcess| worker.log().matches("a configuration does not work").count();
+        workers.iter().map(of).sum::<usize>()
+    };
+    eventually("it is logged", async || begun() > 0).await;
+    assert_eq!(begun(), 1);
 }
 
 async fn announced(world: &World, organization: &str) -> Value {
@@ -106,6 +120,7 @@ async fn a_thousand_jobs_whose_password_is_refused_cost_the_server_one_connectio
     let [(organization, reason, hint)] = &failing(&world)[..] else { panic!("one event") };
     assert_eq!((organization.as_str(), reason.as_str()), ("acme", "auth_failed"));
     assert!(hint.contains("password"), "{hint}");
+    began_once(&[&worker]).await;
     for id in [jobs[0], jobs[999]] {
         assert_eq!(world.event("email.parked", id).await["reason"], "auth_failed");
     }
@@ -136,6 +151,7 @@ async fn a_configuration_that_has_worked_costs_two_connections_and_no_attempt_is
     assert_eq!(server.connections(), 3);
     announced(&world, "acme").await;
     assert_eq!(failing(&world).len(), 1);
+    began_once(&[&worker]).await;
     assert_eq!(count(&world, "FROM jobs WHERE state = 'parked' AND attempts <> spared").await, 0);
     let deferred: usize = jobs.iter().map(|id| world.event_count("email.deferred", *id)).sum();
     assert_eq!(deferred, 1, "the first failure alone was put off");
@@ -274,6 +290,7 @@ async fn two_workers_park_one_organizations_mail_and_say_so_once() {
     parked(&world, "acme", 220).await;
     assert!(server.connections() <= 2);
     assert_eq!(failing(&world).len(), 1);
+    began_once(&[&one, &other]).await;
     assert_eq!(world.status(Some("acme"), later[0]).await.map(|row| row.attempts), Some(0));
     one.stop().await;
     other.stop().await;

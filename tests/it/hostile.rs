@@ -334,7 +334,7 @@ async fn swapped_ciphertexts_stop_their_two_organizations_and_nobody_else() {
     assert_eq!(world.server.connections(), 0);
     let id = world.publish(&job(Some("gamma"))).await;
     assert_eq!(world.event("email.sent", id).await["transport"], "organization");
-    assert_eq!(worker.get("/readyz").await.0, 200);
+    worker.ready().await;
     worker.stop().await;
     world.end().await;
 }

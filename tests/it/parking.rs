@@ -125,7 +125,7 @@ async fn a_thousand_jobs_whose_password_is_refused_cost_the_server_one_connectio
         assert_eq!(world.event("email.parked", id).await["reason"], "auth_failed");
     }
     let settled = "sendoff_jobs_settled_total{lane=\"notifications\",outcome=\"parked\"}";
-    assert!(worker.metric(settled).await >= 1000.0);
+    eventually("they are counted", async || worker.metric(settled).await >= 1000.0).await;
     assert_eq!(
         count(&world, "FROM jobs WHERE attempts <> spared").await,
         20,
@@ -135,7 +135,8 @@ async fn a_thousand_jobs_whose_password_is_refused_cost_the_server_one_connectio
     assert_eq!(count(&world, tried).await, 1, "what was never tried has no Message-ID yet");
     let shown = world.commanded("smtp_config.get", "acme", json!({})).await;
     assert_eq!(shown["status"], "failing");
-    assert_eq!(count(&world, "FROM smtp_configs WHERE failing_announced").await, 2);
+    let said = "FROM smtp_configs WHERE failing_announced";
+    eventually("nothing is left to be announced", async || count(&world, said).await == 2).await;
     worker.stop().await;
     world.end().await;
 }
@@ -272,7 +273,7 @@ async fn where_no_connection_may_be_made_all_is_parked_at_once_and_none_is_made(
     assert_eq!((failing(&world).len(), world.server.connections()), (3, 0));
     let id = world.publish(&job(Some("fine"))).await;
     world.state(Some("fine"), id, State::Sent).await;
-    assert_eq!(worker.get("/readyz").await.0, 200);
+    worker.ready().await;
     worker.stop().await;
     world.end().await;
 }

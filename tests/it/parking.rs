@@ -303,7 +303,7 @@ async fn a_server_out_of_reach_is_retried_for_ten_minutes_and_then_its_mail_is_p
     let mut world = World::new().await;
     world.set("SENDOFF__RETRY__SCHEDULE_S", "600,600,600");
     let worker = world.worker().await;
-    let ip = own_address(4);
+    let ip = own_address(6);
     let vacant = std::net::TcpListener::bind((ip, 0)).expect("a free port");
     let port = vacant.local_addr().expect("bound").port();
     drop(vacant);

@@ -116,8 +116,8 @@ async fn each_fault_ends_at_its_step_with_its_code() {
     let closing = ruled(Stage::Auth, Action::reply("421 4.7.0 Try again later")).await;
     let lost = ruled(Stage::Auth, Action::Close).await;
     let no_mechanism = house.server(|behaviour| behaviour.mechanisms = vec!["XOAUTH2"]).await;
-    let nobody = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let refused = nobody.local_addr().expect("bound").port();
+    let nobody = TcpListener::bind((own_address(13), 0)).await.expect("a port");
+    let refused = nobody.local_addr().expect("bound");
     drop(nobody);
     house.dns.script("broken.acme.example", Answer::ServerFailure, 0);
 
@@ -142,7 +142,12 @@ async fn each_fault_ends_at_its_step_with_its_code() {
         (of(&closing), "rejected", "authenticate", "421"),
         (of(&lost), "connect_failed", "authenticate", "closed the connection"),
         (of(&no_mechanism), "auth_failed", "authenticate", "XOAUTH2"),
-        (settings(refused), "connect_failed", "connect", "refused"),
+        (
+            settings_with(refused.port(), json!({"host": refused.ip().to_string()})),
+            "connect_failed",
+            "connect",
+            "refused",
+        ),
         (settings_with(25, json!({"host": "nowhere.acme.example"})), "host_not_found", "resolve", "address"),
         (settings_with(25, json!({"host": "broken.acme.example"})), "dns_failed", "resolve", "looked up"),
     ] {

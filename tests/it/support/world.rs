@@ -120,6 +120,7 @@ impl World {
             // Nothing here is cut off because the machine is busy; a test of a silent server says how long it waits.
             ("SENDOFF__SMTP__COMMAND_TIMEOUT_S", "60"),
             ("SENDOFF__SMTP__CONNECT_TIMEOUT_S", "60"),
+            ("SENDOFF__SMTP__IDLE_TIMEOUT_S", "300"),
             ("SENDOFF__RETRY__SCHEDULE_S", "1,2"),
             ("SENDOFF__HTTP__LISTEN", "127.0.0.1:0"),
             ("SENDOFF__PLATFORM__HOST", "127.0.0.1"),

@@ -36,7 +36,7 @@ async fn world() -> World {
 
 async fn cancel(world: &World, organization: Option<&str>, params: Value) -> Value {
     let reply = world
-        .control(json!({"command": "job.cancel", "organization_id": organization, "params": params}))
+        .answered(json!({"command": "job.cancel", "organization_id": organization, "params": params}))
         .await;
     assert_eq!(reply["ok"], true, "{reply}");
     reply["result"].clone()
@@ -49,7 +49,7 @@ fn cancelled(cancelled: u64, too_late: u64) -> Value {
 /// What `job.status` says: state and reason.
 async fn told(world: &World, organization: Option<&str>, id: Uuid) -> (Value, Value) {
     let status = json!({"command": "job.status", "organization_id": organization, "params": {"id": id}});
-    let reply = world.control(status).await;
+    let reply = world.answered(status).await;
     (reply["result"]["state"].clone(), reply["result"]["reason"].clone())
 }
 
@@ -490,7 +490,7 @@ async fn a_request_that_names_neither_or_both_is_refused_by_its_field_and_every_
         (json!({"id": id, "ids": []}), "invalid_request", "ids"),
     ] {
         let command = json!({"command": "job.cancel", "organization_id": "acme", "params": params});
-        let reply = world.control(command).await;
+        let reply = world.answered(command).await;
         assert_eq!((&reply["ok"], &reply["error"]["code"]), (&json!(false), &json!(code)), "{reply}");
         assert_eq!(reply["error"]["field"], field, "{reply}");
     }

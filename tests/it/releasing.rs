@@ -324,7 +324,7 @@ async fn an_organization_that_is_a_number_is_spelled_as_one_by_its_recovery_and_
     for spelled in [json!(4711), json!("4711")] {
         let command =
             json!({"command": "job.status", "organization_id": spelled, "params": {"id": parked["id"]}});
-        assert_eq!(world.control(command).await["result"]["organization_id"], spelled);
+        assert_eq!(world.answered(command).await["result"]["organization_id"], spelled);
     }
     worker.stop().await;
     world.end().await;

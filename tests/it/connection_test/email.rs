@@ -10,7 +10,7 @@ use crate::support::smtp_server::{Action, Rule, Stage};
 const TO: &str = "ann@customer.example";
 
 async fn send(house: &House) -> Value {
-    house.ask("smtp_config.send_test_email", "acme", json!({"to": TO})).await
+    house.answer("smtp_config.send_test_email", "acme", json!({"to": TO})).await
 }
 
 #[tokio::test]

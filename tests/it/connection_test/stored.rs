@@ -47,7 +47,7 @@ async fn a_stored_password_is_presented_to_its_own_host_only() {
         json!({"secure": false}),
         json!({"secure": false, "port": other.port()}),
     ] {
-        let reply = house.ask("smtp_config.test", "acme", params.clone()).await;
+        let reply = house.answer("smtp_config.test", "acme", params.clone()).await;
         assert_eq!(reply["error"]["code"], "invalid_field", "{params}: {reply}");
         assert_eq!(reply["error"]["field"], "password");
         assert_eq!(reply["error"]["message"], PASSWORD_NEEDED);
@@ -84,7 +84,7 @@ async fn credentials_that_a_server_repeats_are_not_told() {
         ("smtp_config.test", json!({})),
         ("smtp_config.send_test_email", json!({"to": "ann@customer.example"})),
     ] {
-        let reply = house.ask(command, "acme", params).await.to_string();
+        let reply = house.answer(command, "acme", params).await.to_string();
         assert!(reply.contains("535 5.7.8 no [redacted], no ") && reply.contains("either"), "{reply}");
         assert!(!reply.contains(&plain), "{reply}");
     }
@@ -203,7 +203,7 @@ async fn stored_credentials_that_do_not_open_ask_for_new_ones() {
         ("smtp_config.test", json!({"port": server.port()})),
         ("smtp_config.send_test_email", json!({"to": "ann@customer.example"})),
     ] {
-        let reply = house.ask(command, "acme", params).await;
+        let reply = house.answer(command, "acme", params).await;
         assert_eq!(reply["error"]["code"], "invalid_field", "{reply}");
         assert_eq!(reply["error"]["field"], "password");
         assert!(reply["error"]["hint"].as_str().is_some_and(|hint| hint.contains("again")), "{reply}");

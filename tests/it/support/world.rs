@@ -193,16 +193,40 @@ impl World {
         serde_json::from_slice(&reply.expect("a reply")).expect("replies are JSON")
     }
 
-    /// A control command that must succeed; its result. It is given again where a busy database or name server did
-    /// not answer in time, which says that nothing was changed.
-    pub async fn commanded(&self, command: &str, organization: &str, params: Value) -> Value {
-        let body = json!({"command": command, "organization_id": organization, "params": params});
+    /// The same; it is given again where a busy database or name server did not answer in time, which says that nothing
+    /// was changed.
+    pub async fn answered(&self, command: Value) -> Value {
         let mut reply = Value::Null;
-        eventually(&format!("{command} is answered in time"), async || {
-            reply = self.control(body.clone()).await;
+        eventually(&format!("{} is answered in time", command["command"]), async || {
+            reply = self.control(command.clone()).await;
             !["unavailable", "dns_failed"].contains(&reply["error"]["code"].as_str().unwrap_or_default())
         })
         .await;
+        reply
+    }
+
+    /// A control command that must succeed; its result. It is given again where it is not known whether it did.
+    pub async fn commanded(&self, command: &str, organization: &str, params: Value) -> Value {
+        let body = json!({"command": command, "organization_id": organization, "params": params});
+        let (mut reply, mut doubts) = (Value::Null, 0);
+        eventually(&format!("the outcome of {command} is known"), async || {
+            reply = self.answered(body.clone()).await;
+            let words = reply["error"]["message"].as_str().unwrap_or_default();
+            let known = !words.contains("not known whether the change was made");
+            doubts += usize::from(!known);
+            known
+        })
+        .await;
+        if doubts > 0 {
+            match (command, reply["error"]["code"].as_str()) {
+                ("smtp_config.create", Some("already_exists")) => {
+                    let get = json!({"command": "smtp_config.get", "organization_id": organization});
+                    reply = self.answered(get).await;
+                }
+                ("smtp_config.delete", Some("not_found")) => return json!({}),
+                _ => {}
+            }
+        }
         assert_eq!(reply["ok"], true, "{command}: {reply}");
         reply["result"].clone()
     }

@@ -111,7 +111,8 @@ async fn of_the_mechanisms_on_offer_only_names_are_told() {
     let server = house
         .server(|behaviour| {
             behaviour.mechanisms.clear();
-            behaviour.more_keywords = vec!["AUTH \u{1b}]0;owned\u{7} bob@customer.example NTLM <b>GSSAPI</b>"];
+            behaviour.more_keywords =
+                vec!["AUTH \u{1b}]0;owned\u{7} bob@customer.example NTLM <b>GSSAPI</b>"];
         })
         .await;
     house.store(&server).await;

@@ -100,6 +100,7 @@ async fn what_a_worker_gives_up_is_archived_with_its_story_and_as_it_was_publish
     let carried: Carried = serde_json::from_slice(&content.properties).expect("properties are JSON");
     assert_eq!(carried.message_id.as_deref(), Some("the publisher's"));
 
+    world.event("email.dead", id).await;
     worker.stop().await;
     world.broker.wait_count(&world.broker.name("dead"), 0).await;
     assert_eq!(world.event_count("email.dead", id), 1, "the worker has announced it, and nobody else");

@@ -231,11 +231,11 @@ async fn pages_follow_each_other_without_gap_or_repetition_while_letters_come_in
 async fn counts_add_up_to_what_is_listed() {
     let database = TestDatabase::migrated().await;
     let ages =
-        "now() - (ARRAY['59 minutes', '61 minutes', '23 hours', '25 hours', '6.9 days', '8 days', '29 days',
+        "now() - (ARRAY['50 minutes', '61 minutes', '23 hours', '25 hours', '6.9 days', '8 days', '29 days',
         '31 days', '300 days'])[1 + g % 9]::interval";
     fill(&database, 3000, ages).await;
     let (store, all) = (database.store(), everything(&database).await);
-    let now = all[0].died_at + time::Duration::minutes(59);
+    let now = all[0].died_at + time::Duration::minutes(50);
     let class = |died_at: OffsetDateTime| {
         let hours = (now - died_at).whole_hours();
         let class = [1, 24, 168, 720].iter().position(|limit| hours < *limit);

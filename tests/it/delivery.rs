@@ -263,7 +263,7 @@ async fn every_refusal_of_a_host_or_port_is_counted_under_its_rule() {
         let params = json!({"from_email": "a@acme.example", "from_name": "A", "host": host, "port": port,
                             "username": "u", "password": "p"});
         let command = json!({"command": "smtp_config.create", "organization_id": 7, "params": params});
-        let reply = world.control(command).await;
+        let reply = world.answered(command).await;
         assert_eq!(reply["error"]["code"], code, "{reply}");
     }
     for rule in ["loopback", "port_not_allowed"] {

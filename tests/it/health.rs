@@ -92,11 +92,13 @@ impl House {
         self.config().await.failing
     }
 
-    /// Seconds until acme's next probe.
+    /// Seconds until acme's next probe, as of when that was decided: the shortest pause that is not over yet.
     async fn next_probe_s(&self) -> i64 {
         self.database
             .number(
-                "SELECT round(extract(epoch FROM next_probe_at - now()) / 10)::bigint * 10 FROM smtp_configs",
+                "SELECT min(pause) FROM smtp_configs,
+                     unnest(ARRAY[0, 60, 300, 600, 1200, 2400, 3600, 14400, 43200]::bigint[]) AS pause
+                 WHERE pause >= extract(epoch FROM next_probe_at - now())",
             )
             .await
     }

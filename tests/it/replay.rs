@@ -171,10 +171,26 @@ async fn ten_thousand_letters_are_sent_once_each_although_the_replay_is_killed_i
     let world = World::new().await;
     let ids = dead_letters(&world, ALL).await;
     let worker = world.worker().await;
+    // It comes as far as this job, whose row somebody else holds.
+    let mut holder = world.database.connect().await;
+    let held = format!("BEGIN; SELECT 1 FROM jobs WHERE id = '{}' FOR UPDATE", ids[ALL / 3]);
+    sqlx::raw_sql(sqlx::AssertSqlSafe(held)).execute(&mut holder).await.expect("held");
+    let me: i32 =
+        sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut holder).await.expect("a number");
     let mut killed = start(&world, &["--all", "--rate", "10000"]);
-    progress("taken", (ALL / 3) as i64, async || ALL as i64 - letters_in(&world, LetterState::Dead).await)
-        .await;
+    let blocked = format!(
+        "SELECT coalesce(max(pid), 0)::bigint FROM pg_stat_activity WHERE {me} = ANY (pg_blocking_pids(pid))"
+    );
+    let mut waits = 0;
+    progress("there", 1, async || {
+        waits = world.database.number(blocked.clone()).await;
+        waits.min(1)
+    })
+    .await;
     killed.kill().await.expect("killed");
+    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("released");
+    let session = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {waits}");
+    eventually("its session is gone", async || world.database.number(session.clone()).await == 0).await;
     let rest = letters_in(&world, LetterState::Dead).await + letters_in(&world, LetterState::Replaying).await;
     assert!(rest > 0, "it was killed too late");
 

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::macros::datetime;
 
+use crate::support::broker::eventually;
 use crate::support::certs::{Authority, ServerCertificate, pem_file};
 use crate::support::connector::connector_trusting;
 use crate::support::database::TestDatabase;
@@ -76,15 +77,26 @@ impl House {
         ask(&self.control, command, organization, params).await
     }
 
+    /// The same; it is asked again where a busy database did not answer in time, which says that nothing was changed.
+    async fn answer(&self, command: &str, organization: &str, params: Value) -> Value {
+        let mut reply = Value::Null;
+        eventually(&format!("{command} is answered in time"), async || {
+            reply = self.ask(command, organization, params.clone()).await;
+            reply["error"]["code"] != "unavailable"
+        })
+        .await;
+        reply
+    }
+
     async fn result(&self, command: &str, organization: &str, params: Value) -> Value {
-        let reply = self.ask(command, organization, params).await;
+        let reply = self.answer(command, organization, params).await;
         assert_eq!(reply["ok"], true, "{command}: {reply}");
         reply["result"].clone()
     }
 
     /// The error's code and field.
     async fn refusal(&self, command: &str, organization: &str, params: Value) -> (String, String) {
-        let reply = self.ask(command, organization, params).await;
+        let reply = self.answer(command, organization, params).await;
         assert_eq!(reply["ok"], false, "{command}: {reply}");
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         (text(&reply["error"]["code"]), text(&reply["error"]["field"]))

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sendoff::egress::{AllowedPorts, Egress, EgressPolicy};
 use sendoff::model::address::{EmailAddress, Mailbox};
-use sendoff::model::failure::{Failure, Phase, Transaction, TransactionOutcome};
+use sendoff::model::failure::{Failure, Fault, Phase, Transaction, TransactionOutcome};
 use sendoff::model::organization::OrganizationId;
 use sendoff::model::smtp_settings::{Credentials, Destination, SmtpAccount, TlsMode};
 use sendoff::smtp::{Deadlines, Envelope, Observer, Session, SmtpConnector, SmtpOptions, TlsRoots};
@@ -116,6 +116,18 @@ fn envelope(recipients: u16) -> Envelope {
 
 async fn send(session: &mut Session, recipients: u16) -> Transaction {
     session.send(&envelope(recipients), MESSAGE, async { true }).await
+}
+
+/// A case whose server is silent at one phase. A busy machine may be as good as silent before it: then once more.
+async fn timed_out_at(phase: Phase, mut case: impl AsyncFnMut() -> Failure) {
+    let mut failure = case().await;
+    for _ in 0..4 {
+        if failure.fault != Fault::Timeout || failure.phase >= phase {
+            break;
+        }
+        failure = case().await;
+    }
+    assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
 }
 
 #[track_caller]

@@ -19,6 +19,24 @@ async fn session_by(deadlines: Deadlines, configure: impl FnOnce(&mut Behaviour)
     (server, session)
 }
 
+/// One message in a session of its own; one that has timed out is of no more use.
+async fn sent_by(server: &SmtpServer, deadlines: Deadlines, message: &[u8]) -> Result<(), Failure> {
+    let client = Client { deadlines, ..Client::default() };
+    let mut session = client.open(&account(server)).await?;
+    match session.send(&envelope(1), message, async { true }).await.outcome {
+        TransactionOutcome::Accepted(_) => Ok(()),
+        TransactionOutcome::Failed(failure) => {
+            assert!(failure.fault != Fault::Timeout || !session.is_usable());
+            Err(failure)
+        }
+        other => panic!("neither sent nor failed: {other:?}"),
+    }
+}
+
+async fn failure_by(server: &SmtpServer, deadlines: Deadlines, message: &[u8]) -> Failure {
+    sent_by(server, deadlines, message).await.expect_err("a failure")
+}
+
 const STAGES: [(Stage, Phase); 4] = [
     (Stage::Mail, Phase::Mail),
     (Stage::Rcpt, Phase::Rcpt),
@@ -124,11 +142,8 @@ async fn a_server_that_accepts_and_is_gone_leaves_the_outcome_at_the_final_dot()
 #[tokio::test]
 async fn silence_is_a_timeout_at_its_phase() {
     join_all(STAGES.map(async |(stage, phase)| {
-        let (_server, mut session) =
-            session_by(IMPATIENT, |b| b.rule(Rule::new(stage, Action::Silence))).await;
-        let failure = failure(send(&mut session, 1).await);
-        assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
-        assert!(!session.is_usable());
+        let server = SmtpServer::start(|b| b.rule(Rule::new(stage, Action::Silence))).await;
+        timed_out_at(phase, async || failure_by(&server, IMPATIENT, MESSAGE).await).await;
     }))
     .await;
 }
@@ -136,19 +151,17 @@ async fn silence_is_a_timeout_at_its_phase() {
 #[tokio::test]
 async fn a_server_that_stops_reading_the_message_is_a_timeout() {
     let deadlines = Deadlines { data: SHORT, ..PATIENT };
-    let (_server, mut session) =
-        session_by(deadlines, |b| b.rule(Rule::new(Stage::Body, Action::Silence))).await;
-    let failure = failure(session.send(&envelope(1), &huge_message(), async { true }).await);
-    assert_eq!((failure.phase, failure.fault), (Phase::Body, Fault::Timeout));
+    let server = SmtpServer::start(|b| b.rule(Rule::new(Stage::Body, Action::Silence))).await;
+    let message = huge_message();
+    timed_out_at(Phase::Body, async || failure_by(&server, deadlines, &message).await).await;
 }
 
 #[tokio::test]
 async fn a_dripped_reply_does_not_stretch_its_deadline() {
     join_all(STAGES.map(async |(stage, phase)| {
         let drip = Action::Drip(b"250 slowly slowly slowly".to_vec(), SHORT / 8);
-        let (_server, mut session) = session_by(IMPATIENT, |b| b.rule(Rule::new(stage, drip))).await;
-        let failure = failure(send(&mut session, 1).await);
-        assert_eq!((failure.phase, failure.fault), (phase, Fault::Timeout));
+        let server = SmtpServer::start(|b| b.rule(Rule::new(stage, drip))).await;
+        timed_out_at(phase, async || failure_by(&server, IMPATIENT, MESSAGE).await).await;
     }))
     .await;
 }
@@ -156,9 +169,17 @@ async fn a_dripped_reply_does_not_stretch_its_deadline() {
 #[tokio::test]
 async fn a_final_reply_may_take_longer_than_a_commands() {
     let deadlines = Deadlines { final_reply: LIMIT, ..IMPATIENT };
-    let (_server, mut session) =
-        session_by(deadlines, |b| b.rule(Rule::new(Stage::FinalDot, Action::After(SHORT * 2)))).await;
-    assert_accepted(&send(&mut session, 1).await);
+    let server = SmtpServer::start(|b| b.rule(Rule::new(Stage::FinalDot, Action::After(SHORT * 2)))).await;
+    let mut sent = sent_by(&server, deadlines, MESSAGE).await;
+    for _ in 0..4 {
+        // A busy machine may be as good as silent at a command.
+        let before = |failure: &Failure| failure.fault == Fault::Timeout && failure.phase < Phase::FinalDot;
+        if !sent.as_ref().is_err_and(before) {
+            break;
+        }
+        sent = sent_by(&server, deadlines, MESSAGE).await;
+    }
+    assert!(sent.is_ok(), "{sent:?}");
 }
 
 #[tokio::test]

@@ -250,7 +250,8 @@ impl Running {
         let archiving = tokio::spawn(archivist.run(broker.dead_letters(dead_letters::PREFETCH)));
         let worker =
             Arc::new(self.worker(settings, ledger.clone(), incarnations.clone(), cache, database, &broker));
-        tasks.spawn(self.serve_commands(settings, &broker).run());
+        let (commands, announcer) = self.serve_commands(settings, &broker);
+        tasks.spawn(announcer.run());
         tasks.spawn(Prober::new(worker.clone(), self.connector.clone()).run());
         tasks.spawn(self.releaser(settings, &broker).run());
         let lanes = serve_lanes(settings, &worker, &broker)?;
@@ -263,6 +264,7 @@ impl Running {
             lane.await.context("a lane's task")?;
         }
         archiving.await.context("the archivist's task")?;
+        commands.await.context("the commands' task")?;
         self.shutdown.stop();
         while tasks.join_next().await.is_some() {}
         self.pool.close_all(GOODBYE_LIMIT).await;
@@ -344,8 +346,8 @@ impl Running {
         }
     }
 
-    /// Starts to take commands; what they change is announced by what is returned.
-    fn serve_commands(&self, settings: &Settings, broker: &Broker) -> Announcer {
+    /// Starts to take commands: the task ends when the last one is answered, and what they change is announced by the other.
+    fn serve_commands(&self, settings: &Settings, broker: &Broker) -> (JoinHandle<()>, Announcer) {
         let rules = ControlRules {
             custom_smtp_for_all: for_all(settings),
             allowed_users: settings.control.allowed_users.clone(),
@@ -359,7 +361,7 @@ impl Running {
             rules,
         );
         let announcer = control.announcer(broker.publisher(), self.shutdown.clone());
-        broker.serve_commands(self.clock.clone(), move |body, meta| {
+        let commands = broker.serve_commands(self.clock.clone(), self.shutdown.clone(), move |body, meta| {
             let control = control.clone();
             async move {
                 let meta = control::CommandMeta { user_id: meta.user_id, waited: meta.waited };
@@ -368,7 +370,7 @@ impl Running {
                 response.to_json()
             }
         });
-        announcer
+        (commands, announcer)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Commands in, replies out.
 //! Guarantee: a command is carried out at most once: before its handler starts, the broker has read that it is acknowledged.
-//! One that has expired meanwhile is not carried out at all. A reply never goes to one of our own queues.
+//! One that has expired meanwhile is not carried out at all. At a stop those under way come to their end and are answered,
+//! the second stage of the stop included. A reply never goes to one of our own queues.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicQosOptions};
 use lapin::types::ShortString;
 use lapin::{Channel, Consumer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::expiry::{Expired, expired};
@@ -20,15 +22,23 @@ use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::publisher::Publisher;
 use crate::clock::Clock;
+use crate::shutdown::Shutdown;
 
 /// Commands handled at once, and so many more may wait here. A test email can take a minute; the handler takes on fewer of
 /// those than this, so that the quick ones do not wait for it.
-const CONCURRENCY: u16 = 64;
+const CONCURRENCY: u16 = 128;
 /// For the broker to confirm that no more commands come.
 const CANCEL_LIMIT: Duration = Duration::from_secs(3);
 /// The answer where a handler broke down.
 const BROKEN: &[u8] =
     br#"{"ok":false,"error":{"code":"internal","message":"The command failed inside the worker; its log says more."}}"#;
+
+/// The answer where its time was over before a slot was free.
+const TOO_BUSY: &[u8] = br#"{"ok":false,"error":{"code":"unavailable","message":"The worker is too busy now; nothing was changed","hint":"Try again in a moment."}}"#;
+/// The answer where the second stage of a stop cut a handler off.
+const CUT_OFF: &[u8] = br#"{"ok":false,"error":{"code":"internal","message":"The worker was stopped before the command came to its end: it is not known whether it was carried out","hint":"Look at what is stored before you repeat it."}}"#;
+/// For a reply to be confirmed while the worker stops working.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What the broker vouches for about a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +60,16 @@ pub(super) struct Server<H> {
     pub consuming: Arc<Consuming>,
     pub publisher: Publisher,
     pub clock: Clock,
+    pub shutdown: Shutdown,
     pub handler: Arc<H>,
+}
+
+/// Where the answer to a command goes.
+struct ReplyTo {
+    names: Names,
+    publisher: Publisher,
+    queue: Option<String>,
+    correlation_id: Option<String>,
 }
 
 impl<H, F> Server<H>
@@ -58,7 +77,14 @@ where
     H: Fn(Vec<u8>, CommandMeta) -> F + Send + Sync + 'static,
     F: Future<Output = Vec<u8>> + Send + 'static,
 {
+    /// Until the first stage of a stop, and until what is under way then is answered.
     pub async fn run(mut self) {
+        let mut handlers = JoinSet::new();
+        self.serve(&mut handlers).await;
+        while handlers.join_next().await.is_some() {}
+    }
+
+    async fn serve(&mut self, handlers: &mut JoinSet<()>) {
         let slots = Arc::new(Semaphore::new(usize::from(CONCURRENCY)));
         let mut stopping = self.intent.clone();
         let stop = async move {
@@ -88,7 +114,8 @@ where
                             next = live.while_up(waiting.next(&slots, &mut consumer)) => next.flatten(),
                         };
                         let Some((slot, came, command)) = next else { break };
-                        self.accept(&live, &channel, slot, came, command).await;
+                        while handlers.try_join_next().is_some() {}
+                        self.accept(&live, &channel, slot, came, command, handlers).await;
                     }
                 }
                 Err(error) if live.is_up() => {
@@ -113,16 +140,19 @@ where
         slot: OwnedSemaphorePermit,
         came: Instant,
         command: Delivery,
+        handlers: &mut JoinSet<()>,
     ) {
         if live.while_up(acknowledge(channel, &command)).await != Some(true) {
             // It may come again: carrying it out now could be once too often.
             return;
         }
         let waited = came.elapsed();
+        let reply_to = self.reply_to(&command);
         match expired(&command.properties, waited, self.clock.now()) {
             None => {}
             Some(Expired::Here) => {
                 tracing::warn!(?waited, "a command expired in this worker and is not carried out");
+                handlers.spawn(async move { reply_to.send(TOO_BUSY).await });
                 return;
             }
             Some(Expired::Aged(age)) => {
@@ -133,20 +163,45 @@ where
                 return;
             }
         }
-        let (names, publisher, handler) = (self.names.clone(), self.publisher.clone(), self.handler.clone());
-        tokio::spawn(async move {
+        let meta = CommandMeta { user_id: text(command.properties.user_id()), waited };
+        let (handler, shutdown) = (self.handler.clone(), self.shutdown.clone());
+        handlers.spawn(async move {
             let _slot = slot;
-            let text = |text: &Option<ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
-            let meta = CommandMeta { user_id: text(command.properties.user_id()), waited };
-            let reply_to = text(command.properties.reply_to());
-            let correlation_id = text(command.properties.correlation_id());
-            let handling = tokio::spawn(handler(command.data, meta));
-            let reply = handling.await.unwrap_or_else(|_| BROKEN.to_vec());
-            let Some(reply_to) = reply_to.filter(|queue| may_reply_to(&names, queue)) else { return };
-            if let Err(error) = publisher.reply(&reply_to, correlation_id.as_deref(), &reply).await {
-                tracing::debug!(%error, "a reply was not published");
+            // A task of its own: a panic ends it, and not the answer.
+            let mut handling = tokio::spawn(handler(command.data, meta));
+            tokio::select! {
+                biased;
+                reply = &mut handling => reply_to.send(&reply.unwrap_or_else(|_| BROKEN.to_vec())).await,
+                () = shutdown.stop_now() => {
+                    handling.abort();
+                    let _sent = tokio::time::timeout(LAST_WORDS, reply_to.send(CUT_OFF)).await;
+                }
             }
         });
+    }
+
+    fn reply_to(&self, command: &Delivery) -> ReplyTo {
+        ReplyTo {
+            names: self.names.clone(),
+            publisher: self.publisher.clone(),
+            queue: text(command.properties.reply_to()),
+            correlation_id: text(command.properties.correlation_id()),
+        }
+    }
+}
+
+fn text(text: &Option<ShortString>) -> Option<String> {
+    text.as_ref().map(|text| text.as_str().to_owned())
+}
+
+impl ReplyTo {
+    async fn send(&self, reply: &[u8]) {
+        let Some(queue) = self.queue.as_ref().filter(|queue| may_reply_to(&self.names, queue)) else {
+            return;
+        };
+        if let Err(error) = self.publisher.reply(queue, self.correlation_id.as_deref(), reply).await {
+            tracing::debug!(%error, "a reply was not published");
+        }
     }
 }
 
@@ -203,8 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_of_a_broken_handler_is_json() {
-        let reply: serde_json::Value = serde_json::from_slice(BROKEN).unwrap();
-        assert_eq!(reply["error"]["code"], "internal");
+    fn the_answers_of_no_handler_are_json() {
+        for (answer, code) in [(BROKEN, "internal"), (CUT_OFF, "internal"), (TOO_BUSY, "unavailable")] {
+            let reply: serde_json::Value = serde_json::from_slice(answer).unwrap();
+            assert_eq!(reply["error"]["code"], code);
+        }
     }
 }

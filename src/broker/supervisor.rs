@@ -17,6 +17,7 @@ use super::publisher::Publisher;
 use super::topology::Topology;
 use crate::clock::Clock;
 use crate::model::lanes::Lane;
+use crate::shutdown::Shutdown;
 
 /// For consumers to stop when told, each handing back what it had prefetched.
 const QUIET_LIMIT: Duration = Duration::from_secs(6);
@@ -116,8 +117,9 @@ impl Broker {
     }
 
     /// Starts to serve commands: `handler` takes a command's body and answers with the reply's. Commands go on while lanes
-    /// are paused, so that their senders learn what is the matter.
-    pub fn serve_commands<H, F>(&self, clock: Clock, handler: H)
+    /// are paused, so that their senders learn what is the matter. What is returned ends when consuming has been stopped and
+    /// what was under way then is answered: at the second stage of the stop at the latest.
+    pub fn serve_commands<H, F>(&self, clock: Clock, shutdown: Shutdown, handler: H) -> JoinHandle<()>
     where
         H: Fn(Vec<u8>, CommandMeta) -> F + Send + Sync + 'static,
         F: Future<Output = Vec<u8>> + Send + 'static,
@@ -129,9 +131,10 @@ impl Broker {
             consuming: self.consuming.clone(),
             publisher: self.publisher.clone(),
             clock,
+            shutdown,
             handler: Arc::new(handler),
         };
-        tokio::spawn(server.run());
+        tokio::spawn(server.run())
     }
 
     fn feed(&self, source: Source, prefetch: u16) -> Deliveries {

@@ -185,6 +185,12 @@ impl ControlError {
             .hint("Try again in a minute.")
     }
 
+    /// Name servers are slow, and many names wait for them.
+    pub(super) fn too_many_look_ups() -> Self {
+        Self::new(Code::Unavailable, "Too many host names are being looked up now; nothing was changed")
+            .hint("Try again in a moment.")
+    }
+
     pub(super) fn unavailable() -> Self {
         Self::new(Code::Unavailable, "The database cannot be reached now; nothing was changed")
             .hint("Try again in a moment.")

@@ -53,6 +53,10 @@ const TEST_REPLY_LIMIT: Duration = Duration::from_millis(19_800);
 const EMAIL_REPLY_LIMIT: Duration = Duration::from_millis(59_800);
 /// Tests and test emails at once: they wait for strangers, and are not to take the place of commands that are quick.
 const SLOW_COMMANDS: usize = 32;
+/// Host names looked up at once by changes, and how long one may wait for its turn: with name servers that do not answer, they
+/// are not to take every place either.
+const LOOK_UPS: usize = 32;
+const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
 /// For the audit log there is always so much time.
 const AUDIT_MIN: Duration = Duration::from_millis(600);
 /// Looking up a host.
@@ -95,6 +99,7 @@ pub struct Control {
     clock: Clock,
     rules: Arc<ControlRules>,
     slow: Arc<Semaphore>,
+    look_ups: Arc<Semaphore>,
     changed: Arc<Notify>,
 }
 
@@ -128,8 +133,9 @@ impl Control {
         rules: ControlRules,
     ) -> Self {
         let (egress, slow) = (smtp.egress(), Arc::new(Semaphore::new(SLOW_COMMANDS)));
+        let look_ups = Arc::new(Semaphore::new(LOOK_UPS));
         let (rules, changed) = (Arc::new(rules), Arc::default());
-        Self { store, configs, egress, smtp, clock, rules, slow, changed }
+        Self { store, configs, egress, smtp, clock, rules, slow, look_ups, changed }
     }
 
     /// What announces the changes, these commands' and what other workers leave. One for each worker.
@@ -232,6 +238,9 @@ impl Control {
 
     /// Judges port, host and every address of it, as each later connection will again.
     async fn check_server(&self, host: &ServerHost, port: u16) -> Result<(), ControlError> {
+        let Ok(Ok(_turn)) = tokio::time::timeout(LOOK_UP_WAIT, self.look_ups.acquire()).await else {
+            return Err(ControlError::too_many_look_ups());
+        };
         let approved: Result<Vec<ApprovedAddr>, EgressError> =
             match tokio::time::timeout(LOOK_UP_LIMIT, self.egress.approve(host, port)).await {
                 Ok(approved) => approved,

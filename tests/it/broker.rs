@@ -17,6 +17,7 @@ use sendoff::model::event::{Event, JobFacts, What};
 use sendoff::model::failure::Reason;
 use sendoff::model::ledger::Turn;
 use sendoff::model::letter::Fate;
+use sendoff::shutdown::Shutdown;
 use time::macros::datetime;
 use uuid::Uuid;
 
@@ -537,7 +538,7 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     let broker = start(&test);
     let carried_out = Arc::new(AtomicUsize::new(0));
     let counter = carried_out.clone();
-    broker.serve_commands(Clock::system(), move |body, meta| {
+    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, meta| {
         let counter = counter.clone();
         async move {
             counter.fetch_add(1, Ordering::SeqCst);

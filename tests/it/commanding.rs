@@ -10,6 +10,7 @@ use lapin::options::{QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
 use sendoff::clock::Clock;
+use sendoff::shutdown::Shutdown;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -21,7 +22,7 @@ use crate::support::world::{PASSWORD, USERNAME, World};
 /// For longer than this no command waits in a worker.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 /// As many as a worker carries out at once.
-const SLOTS: usize = 64;
+const SLOTS: usize = 128;
 
 fn settings(port: u16) -> Value {
     json!({"from_email": "hello@acme.example", "from_name": "Team", "host": "localhost", "port": port,
@@ -99,7 +100,7 @@ async fn tests_of_silent_servers_do_not_hold_up_a_quick_command() {
     let reply = world.answered(command("smtp_config.get", "acme", json!({}))).await;
     assert_eq!(reply["ok"], true, "{reply}");
     assert!(silent.seen(|seen| seen.open_sessions()) > 0, "it was answered meanwhile");
-    worker.stop().await;
+    worker.kill().await;
     world.end().await;
 }
 
@@ -137,7 +138,7 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     let broker = Broker::start(test.settings(), Arc::new(|_: &str| {}));
     let (begun, gate) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(0)));
     let (log, wait) = (begun.clone(), gate.clone());
-    broker.serve_commands(Clock::system(), move |body, _| {
+    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, _| {
         log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
         let wait = wait.clone();
         async move {
@@ -254,7 +255,7 @@ async fn a_command_whose_acknowledgement_never_reached_the_broker_is_carried_out
     let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
     let begun = Arc::new(Mutex::new(Vec::new()));
     let log = begun.clone();
-    broker.serve_commands(Clock::system(), move |body, _| {
+    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, _| {
         log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
         std::future::ready(Vec::new())
     });

@@ -381,7 +381,7 @@ async fn an_update_that_may_mend_a_failing_configuration_keeps_it_failing_and_ha
 }
 
 #[tokio::test]
-async fn an_update_that_cannot_mend_what_fails_offers_the_refused_password_no_sooner() {
+async fn after_an_update_that_cannot_mend_what_fails_the_pauses_go_on_from_where_they_were() {
     let from = || EmailAddress::parse("other@acme.example").ok();
     let name = || Some("Other".to_owned());
     let unchanged = || SmtpConfigPatch {
@@ -393,7 +393,7 @@ async fn an_update_that_cannot_mend_what_fails_offers_the_refused_password_no_so
         ..Default::default()
     };
     let (auth, sender) = (Reason::AuthFailed, Reason::SenderRefused);
-    for (reason, patch, at_once) in [
+    for (reason, patch, anew) in [
         (auth, SmtpConfigPatch { from_name: name(), ..Default::default() }, false),
         (auth, SmtpConfigPatch { from_email: from(), ..Default::default() }, false),
         (auth, unchanged(), false),
@@ -408,11 +408,11 @@ async fn an_update_that_cannot_mend_what_fails_offers_the_refused_password_no_so
         let pause = house.next_probe_s().await;
         let updated = house.update(patch).await;
         assert_eq!((updated.version, updated.failing.is_some()), (2, true), "{told}");
-        assert_eq!(house.next_probe_s().await, if at_once { 0 } else { pause }, "{told}");
+        assert_eq!(house.next_probe_s().await, 0, "{told}");
         let probe = DueProbe { organization: acme(), version: 2 };
         house.probe_failed(&probe, reason, None, Pauses::after(reason)).await;
         let grows = house.next_probe_s().await > pause;
-        assert_eq!(grows, !at_once, "the pauses go on, or begin anew: {told}");
+        assert_eq!(grows, !anew, "the pauses go on, or begin anew: {told}");
     }
 }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use secrecy::ExposeSecret;
+use sendoff::clock::Clock;
 use sendoff::model::ledger::State;
+use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::Notify;
@@ -180,5 +182,61 @@ async fn a_worker_that_waits_for_its_services_stops_when_asked() {
         assert_eq!(worker.get("/readyz").await.0, 503);
         worker.stop().await;
     }
+    world.end().await;
+}
+
+/// A test email that waits for the reply to its final dot, and that reply's moment.
+async fn test_email_under_way(world: &World) -> (impl Future<Output = Value>, Arc<Notify>) {
+    let go_on = Arc::new(Notify::new());
+    world.server.rule(Rule::new(Stage::FinalDot, Action::Hold(go_on.clone())));
+    let (access, prefix) = (World::access(), world.broker.prefix.clone());
+    let command = json!({"command": "smtp_config.send_test_email", "organization_id": "acme",
+        "params": {"to": "ann@customer.example"}});
+    let asking = tokio::spawn(async move {
+        let now = Clock::system().now();
+        let reply = sendoff::broker::call(&access, &prefix, command.to_string().as_bytes(), now, SOON).await;
+        serde_json::from_slice(&reply.expect("a reply")).expect("replies are JSON")
+    });
+    world.server.wait_for(SOON, |seen| seen.final_dots == 1).await.expect("the whole message is there");
+    (async { asking.await.expect("no panic") }, go_on)
+}
+
+#[tokio::test]
+async fn a_command_under_way_at_a_stop_comes_to_its_end_and_is_answered() {
+    let world = World::new().await;
+    let worker = world.worker_starting(&["--drain-timeout", LONG_S]).await;
+    worker.ready().await;
+    world.organization("acme").await;
+    let (reply, go_on) = test_email_under_way(&world).await;
+    worker.signal("TERM").await;
+    // Whatever does not wait for it has ended by then.
+    world.broker.wait_consumers(&world.broker.name("control"), 0).await;
+    worker.logs("stopping: no new work is taken").await;
+    go_on.notify_one();
+    let reply = reply.await;
+    assert_eq!(reply["ok"], true, "{reply}");
+    let (code, log) = worker.ended().await;
+    assert_eq!(code, 0, "{log}");
+    let audited =
+        "SELECT count(*) FROM audit WHERE command = 'smtp_config.send_test_email' AND outcome = 'ok'";
+    assert_eq!(world.database.number(audited).await, 1);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_command_that_a_second_signal_cuts_off_is_answered_as_one_of_unknown_outcome() {
+    let world = World::new().await;
+    let worker = world.worker_starting(&["--drain-timeout", LONG_S]).await;
+    worker.ready().await;
+    world.organization("acme").await;
+    let (reply, _never) = test_email_under_way(&world).await;
+    worker.signal("TERM").await;
+    worker.logs("draining").await;
+    worker.signal("TERM").await;
+    let reply = reply.await;
+    assert_eq!(reply["error"]["code"], "internal", "{reply}");
+    assert!(reply["error"]["message"].as_str().is_some_and(|told| told.contains("not known")), "{reply}");
+    let (code, log) = worker.ended().await;
+    assert_eq!(code, 0, "{log}");
     world.end().await;
 }

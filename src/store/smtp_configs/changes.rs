@@ -186,8 +186,8 @@ impl SmtpConfigs {
     }
 
     /// A test result speaks of one server and one pair of credentials, so it goes when any of these is given anew. What
-    /// is failing stays so until a test has gone well, and is tested at once where the update may have mended it: any other
-    /// would only offer a password once more that is known to be wrong.
+    /// is failing stays so until a test has gone well, and is tested at once; where nothing can have been mended, the pauses
+    /// behind that test go on from where they were, for it may offer a password that is known to be wrong.
     async fn apply(
         &self,
         tx: &mut Tx,
@@ -210,7 +210,7 @@ impl SmtpConfigs {
                  unreachable_since = NULL, unreachable_at = NULL,
                  probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE probes END,
                  long_probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE long_probes END,
-                 next_probe_at = CASE WHEN $12 THEN now() ELSE next_probe_at END
+                 next_probe_at = CASE WHEN failing_since IS NOT NULL THEN now() END
              WHERE organization_id = $1 RETURNING ",
             shown_columns!()
         ))

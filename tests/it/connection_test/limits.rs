@@ -7,8 +7,9 @@ use sendoff::control::{CommandMeta, ControlRules};
 use sendoff::egress::AllowedPorts;
 use serde_json::{Value, json};
 
-use super::{House, NOW, ask, ask_late, settings};
-use crate::support::broker::SOON;
+use super::{HOST, House, NOW, ask, ask_late, settings};
+use crate::support::broker::{SOON, eventually};
+use crate::support::dns::Answer;
 use crate::support::smtp_server::{Action, Rule, Stage};
 
 fn count(replies: &[Value], code: &str) -> usize {
@@ -78,6 +79,22 @@ async fn tests_that_wait_for_their_servers_hold_up_no_other_command() {
     // The slots are free again.
     let good = house.server(|_| {}).await;
     assert_eq!(house.test(settings(good.port())).await["ok"], true);
+}
+
+#[tokio::test]
+async fn look_ups_that_nobody_answers_hold_up_no_other_command() {
+    const AT_ONCE: usize = 32;
+    let house = House::new().await;
+    house.dns.script(HOST, Answer::Silence, 0);
+    eventually("those beyond a limit are refused soon", async || {
+        let create = || house.ask("smtp_config.create", "acme", settings(25));
+        let replies = join_all((0..AT_ONCE + 8).map(|_| create())).await;
+        let (failed, refused) = (count(&replies, "dns_failed"), count(&replies, "unavailable"));
+        assert_eq!(failed + refused, AT_ONCE + 8, "{replies:?}");
+        (failed, refused) == (AT_ONCE, 8)
+    })
+    .await;
+    assert_eq!(house.refusal("smtp_config.get", "acme", json!({})).await.0, "not_found");
 }
 
 #[tokio::test]

@@ -40,6 +40,9 @@ pub enum InvalidAddress {
     /// Longer than RFC 5321 allows.
     #[error("is longer than an email address may be (64 bytes before the @, 254 in all)")]
     TooLong,
+    /// It stands in angle brackets, perhaps behind a name.
+    #[error("must be an address alone, as in ann@example.org, without a name or angle brackets")]
+    Bracketed,
     /// The local part is neither a dot-atom (RFC 5322 section 3.2.3) nor a quoted string.
     #[error("has a character before the @ that is not allowed there")]
     LocalPart,
@@ -64,6 +67,9 @@ impl EmailAddress {
         let (local, domain) = text.rsplit_once('@').ok_or(InvalidAddress::Shape)?;
         if local.is_empty() || domain.is_empty() {
             return Err(InvalidAddress::Shape);
+        }
+        if domain.ends_with('>') {
+            return Err(InvalidAddress::Bracketed);
         }
         if !is_local_part(local) {
             return Err(InvalidAddress::LocalPart);
@@ -249,6 +255,7 @@ mod tests {
             ("a b@c.d", InvalidAddress::LocalPart),
             ("a,b@c.d", InvalidAddress::LocalPart),
             ("a@b.c> <x@y.z", InvalidAddress::LocalPart),
+            ("Ann <a@b.c>", InvalidAddress::Bracketed),
             ("a..b@c.d", InvalidAddress::LocalPart),
             ("a@localhost", InvalidAddress::Domain),
             ("a@127.0.0.1", InvalidAddress::Domain),

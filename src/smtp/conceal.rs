@@ -1,11 +1,11 @@
 //! Credentials taken out of what a server says: some repeat what they were told.
 //! Guarantee: nothing that is shown of a session's replies holds user name or password, be it as they are, as AUTH carries
-//! them, or escaped for JSON, a URL or a log. What the replies mean is judged by what was said.
+//! them, in hexadecimal, or escaped for JSON, a URL or a log. What the replies mean is judged by what was said.
 
 use std::fmt::Write as _;
 
 use base64::Engine;
-use base64::engine::general_purpose::STANDARD_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::model::smtp_settings::Credentials;
@@ -24,13 +24,19 @@ impl Concealed {
     pub fn new(credentials: &Credentials) -> Self {
         let (username, password) = (credentials.username(), credentials.password());
         // RFC 4616: PLAIN. LOGIN sends each of the two by itself.
-        let mut forms = vec![STANDARD_NO_PAD.encode(format!("\0{username}\0{password}"))];
+        let mut forms = base64(&format!("\0{username}\0{password}")).to_vec();
         for secret in [username, username.trim(), password, password.trim()] {
             let json = serde_json::Value::from(secret).to_string();
             let debug = format!("{secret:?}");
             let inner = |quoted: &str| quoted[1..quoted.len() - 1].to_owned();
-            forms.extend([STANDARD_NO_PAD.encode(secret), percent(secret), inner(&json), inner(&debug)]);
-            forms.push(secret.to_owned());
+            forms.extend(base64(secret));
+            forms.extend([
+                hexadecimal(secret),
+                percent(secret),
+                inner(&json),
+                inner(&debug),
+                secret.to_owned(),
+            ]);
         }
         forms.retain(|form| !form.is_empty());
         forms.iter_mut().for_each(|form| form.make_ascii_lowercase());
@@ -43,6 +49,17 @@ impl Concealed {
     pub fn taken_out_of(&self, text: &str) -> String {
         self.forms.iter().fold(text.to_owned(), without)
     }
+}
+
+fn base64(text: &str) -> [String; 2] {
+    [STANDARD.encode(text), STANDARD_NO_PAD.encode(text)]
+}
+
+fn hexadecimal(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut digits, byte| {
+        write!(digits, "{byte:02x}").expect("a String takes everything");
+        digits
+    })
 }
 
 /// RFC 3986: everything but unreserved characters.
@@ -98,7 +115,9 @@ mod tests {
             username.to_uppercase(),
             password.trim().to_owned(),
             STANDARD_NO_PAD.encode(username),
-            STANDARD_NO_PAD.encode(password),
+            STANDARD.encode(password),
+            hexadecimal(username).to_uppercase(),
+            hexadecimal(password),
             STANDARD_NO_PAD.encode(format!("\0{username}\0{password}")),
             percent(username),
             percent(password),

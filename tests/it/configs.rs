@@ -80,21 +80,21 @@ impl World {
     }
 
     /// The reply, and what is to be announced since this was last asked.
-    async fn send(&self, command: &Value) -> (Value, Vec<Value>) {
-        let reply = send(&self.control, command).await;
+    async fn send_on(&self, command: &Value) -> (Value, Vec<Value>) {
+        let reply = self.answered(command).await;
         let due = self.store.take_config_events(100, DEADLINE).await.unwrap();
         self.store.forget_config_events(&due).await.unwrap();
         (reply, due.iter().map(|due| serde_json::to_value(&due.event).unwrap()).collect())
     }
 
-    /// The same as a caller does who meets many others, or a busy server: again where it was not done in time, which says
-    /// that nothing was changed.
-    async fn send_on(&self, command: &Value) -> (Value, Vec<Value>) {
+    /// The reply to who meets many others, or a busy server: again where it was not done in time, which says that nothing was
+    /// changed.
+    async fn answered(&self, command: &Value) -> Value {
         let begun = Instant::now();
         loop {
-            let (reply, events) = self.send(command).await;
+            let reply = send(&self.control, command).await;
             if reply["error"]["code"] != "unavailable" || begun.elapsed() > DEADLINE {
-                return (reply, events);
+                return reply;
             }
         }
     }
@@ -111,7 +111,7 @@ impl World {
     }
 
     async fn ask_on(&self, command: &str, organization: &str, params: Value) -> Value {
-        self.send_on(&json!({"command": command, "organization_id": organization, "params": params})).await.0
+        self.answered(&json!({"command": command, "organization_id": organization, "params": params})).await
     }
 
     /// The error's code and field.

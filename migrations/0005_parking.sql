@@ -57,7 +57,7 @@ ALTER TABLE dead_letters ADD COLUMN parked_ms bigint NOT NULL DEFAULT 0;
 -- A release moves it on by the time that the job was parked: its age goes on as if it had not been.
 COMMENT ON COLUMN jobs.replayed_at IS 'When it was last replayed, or from when its age counts since it was released; else first_at counts.';
 
--- What the job was parked for when it was last released, until it is put off again or replayed.
+-- What the job's own last attempt had it parked for when it was last released, until it is put off again or replayed.
 ALTER TABLE jobs ADD COLUMN parked_reason text COLLATE "C";
 
 -- The release takes an organization's letters oldest first.

@@ -361,15 +361,20 @@ impl Running {
             rules,
         );
         let announcer = control.announcer(broker.publisher(), self.shutdown.clone());
-        let commands = broker.serve_commands(self.clock.clone(), self.shutdown.clone(), move |body, meta| {
-            let control = control.clone();
-            async move {
-                let meta = control::CommandMeta { user_id: meta.user_id, waited: meta.waited };
-                let response = control.handle(&body, meta).await;
-                telemetry::control_command(response.command(), response.code());
-                response.to_json()
-            }
-        });
+        let commands = broker.serve_commands(
+            self.clock.clone(),
+            self.shutdown.clone(),
+            not_carried_out,
+            move |body, meta| {
+                let control = control.clone();
+                async move {
+                    let meta = control::CommandMeta { user_id: meta.user_id, waited: meta.waited };
+                    let response = control.handle(&body, meta).await;
+                    telemetry::control_command(response.command(), response.code());
+                    response.to_json()
+                }
+            },
+        );
         (commands, announcer)
     }
 }
@@ -397,6 +402,10 @@ fn serve_lanes(
         Ok(tokio::spawn(lanes::serve(worker.clone(), ServedLane::new(name), deliveries)))
     };
     settings.amqp.lanes.iter().map(|lane| serve(&lane.name)).collect()
+}
+
+fn not_carried_out(code: &'static str) {
+    telemetry::control_command("unknown", code);
 }
 
 fn dropped(lane: &str) {

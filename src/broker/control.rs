@@ -35,10 +35,15 @@ const BROKEN: &[u8] =
 
 /// The answer where its time was over before a slot was free.
 const TOO_BUSY: &[u8] = br#"{"ok":false,"error":{"code":"unavailable","message":"The worker is too busy now; nothing was changed","hint":"Try again in a moment."}}"#;
+/// The answer where it bears an old timestamp. Its sender may wait all the same, if the clocks do not agree.
+const TOO_OLD: &[u8] = br#"{"ok":false,"error":{"code":"unavailable","message":"By its timestamp the command is too old to be carried out; nothing was changed","hint":"Send it again. If it was sent just now, the clocks of its sender and of the worker do not agree."}}"#;
 /// The answer where the second stage of a stop cut a handler off.
 const CUT_OFF: &[u8] = br#"{"ok":false,"error":{"code":"internal","message":"The worker was stopped before the command came to its end: it is not known whether it was carried out","hint":"Look at what is stored before you repeat it."}}"#;
-/// For a reply to be confirmed while the worker stops working.
+/// For a reply to be confirmed from the second stage of a stop on.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Called with the error's code for every answer that no handler gave.
+pub type RefusalHook = fn(&'static str);
 
 /// What the broker vouches for about a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +66,7 @@ pub(super) struct Server<H> {
     pub publisher: Publisher,
     pub clock: Clock,
     pub shutdown: Shutdown,
+    pub on_refusal: RefusalHook,
     pub handler: Arc<H>,
 }
 
@@ -68,6 +74,8 @@ pub(super) struct Server<H> {
 struct ReplyTo {
     names: Names,
     publisher: Publisher,
+    shutdown: Shutdown,
+    on_refusal: RefusalHook,
     queue: Option<String>,
     correlation_id: Option<String>,
 }
@@ -99,7 +107,12 @@ where
                 live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
             };
             let _consuming = self.consuming.enter();
-            match jobs::consume(&live, &self.names.control(), CONCURRENCY).await {
+            let queue = self.names.control();
+            let consuming = tokio::select! {
+                () = &mut stop => return,
+                consuming = jobs::consume(&live, &queue, CONCURRENCY) => consuming,
+            };
+            match consuming {
                 Ok((channel, mut consumer)) => {
                     pauses = link::pauses();
                     let mut waiting = Waiting::default();
@@ -115,13 +128,17 @@ where
                         };
                         let Some((slot, came, command)) = next else { break };
                         while handlers.try_join_next().is_some() {}
-                        self.accept(&live, &channel, slot, came, command, handlers).await;
+                        let accepted = self.accept(live.clone(), channel.clone(), slot, came, command);
+                        handlers.spawn(accepted);
                     }
                 }
                 Err(error) if live.is_up() => {
                     tracing::warn!(%error, "cannot consume commands; declaring the topology again");
-                    if let Err(error) = live.declare().await {
-                        tracing::warn!(%error, "cannot declare the topology");
+                    tokio::select! {
+                        () = &mut stop => return,
+                        declared = live.declare() => if let Err(error) = declared {
+                            tracing::warn!(%error, "cannot declare the topology");
+                        }
                     }
                 }
                 Err(_) => {}
@@ -133,57 +150,63 @@ where
         }
     }
 
-    async fn accept(
+    /// A command's whole way, from its acknowledgement to its answer.
+    fn accept(
         &self,
-        live: &Live,
-        channel: &Channel,
+        live: Arc<Live>,
+        channel: Channel,
         slot: OwnedSemaphorePermit,
         came: Instant,
         command: Delivery,
-        handlers: &mut JoinSet<()>,
-    ) {
-        if live.while_up(acknowledge(channel, &command)).await != Some(true) {
-            // It may come again: carrying it out now could be once too often.
-            return;
-        }
-        let waited = came.elapsed();
+    ) -> impl Future<Output = ()> + Send + 'static {
         let reply_to = self.reply_to(&command);
-        match expired(&command.properties, waited, self.clock.now()) {
-            None => {}
-            Some(Expired::Here) => {
-                tracing::warn!(?waited, "a command expired in this worker and is not carried out");
-                handlers.spawn(async move { reply_to.send(TOO_BUSY).await });
-                return;
-            }
-            Some(Expired::Aged(age)) => {
-                tracing::warn!(
-                    ?age,
-                    "a command has expired, by its timestamp, and is not carried out; do its sender's clock and this one agree?"
-                );
-                return;
-            }
-        }
-        let meta = CommandMeta { user_id: text(command.properties.user_id()), waited };
-        let (handler, shutdown) = (self.handler.clone(), self.shutdown.clone());
-        handlers.spawn(async move {
+        let (handler, shutdown, clock) = (self.handler.clone(), self.shutdown.clone(), self.clock.clone());
+        async move {
             let _slot = slot;
-            // A task of its own: a panic ends it, and not the answer.
-            let mut handling = tokio::spawn(handler(command.data, meta));
-            tokio::select! {
-                biased;
-                reply = &mut handling => reply_to.send(&reply.unwrap_or_else(|_| BROKEN.to_vec())).await,
-                () = shutdown.stop_now() => {
-                    handling.abort();
-                    let _sent = tokio::time::timeout(LAST_WORDS, reply_to.send(CUT_OFF)).await;
+            if live.while_up(acknowledge(&channel, &command)).await != Some(true) {
+                // It may come again: carrying it out now could be once too often.
+                return;
+            }
+            drop(channel);
+            let waited = came.elapsed();
+            match expired(&command.properties, waited, clock.now()) {
+                None => {}
+                Some(Expired::Here) => {
+                    tracing::warn!(?waited, "a command expired in this worker and is not carried out");
+                    return reply_to.refuse(TOO_BUSY, "unavailable").await;
+                }
+                Some(Expired::Aged(age)) => {
+                    tracing::warn!(
+                        ?age,
+                        "a command has expired, by its timestamp, and is not carried out; do its sender's clock and this one agree?"
+                    );
+                    return reply_to.refuse(TOO_OLD, "unavailable").await;
                 }
             }
-        });
+            let meta = CommandMeta { user_id: text(command.properties.user_id()), waited };
+            // A task of its own: a panic ends it, and not the answer.
+            let mut handling = tokio::spawn(handler(command.data, meta));
+            let handled = tokio::select! {
+                biased;
+                handled = &mut handling => handled.map_err(|_panic| BROKEN),
+                () = shutdown.stop_now() => {
+                    handling.abort();
+                    Err(CUT_OFF)
+                }
+            };
+            match handled {
+                Ok(reply) => reply_to.send(&reply).await,
+                Err(answer) => reply_to.refuse(answer, "internal").await,
+            }
+        }
     }
 
     fn reply_to(&self, command: &Delivery) -> ReplyTo {
         ReplyTo {
             names: self.names.clone(),
             publisher: self.publisher.clone(),
+            shutdown: self.shutdown.clone(),
+            on_refusal: self.on_refusal,
             queue: text(command.properties.reply_to()),
             correlation_id: text(command.properties.correlation_id()),
         }
@@ -195,12 +218,27 @@ fn text(text: &Option<ShortString>) -> Option<String> {
 }
 
 impl ReplyTo {
+    /// With an answer of no handler, which nobody else counts.
+    async fn refuse(&self, answer: &[u8], code: &'static str) {
+        (self.on_refusal)(code);
+        self.send(answer).await;
+    }
+
     async fn send(&self, reply: &[u8]) {
         let Some(queue) = self.queue.as_ref().filter(|queue| may_reply_to(&self.names, queue)) else {
             return;
         };
-        if let Err(error) = self.publisher.reply(queue, self.correlation_id.as_deref(), reply).await {
-            tracing::debug!(%error, "a reply was not published");
+        let late = async {
+            self.shutdown.stop_now().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            sent = self.publisher.reply(queue, self.correlation_id.as_deref(), reply) => {
+                if let Err(error) = sent {
+                    tracing::debug!(%error, "a reply was not published");
+                }
+            }
+            () = late => tracing::debug!("a reply was not published before the worker stopped"),
         }
     }
 }
@@ -259,7 +297,10 @@ mod tests {
 
     #[test]
     fn the_answers_of_no_handler_are_json() {
-        for (answer, code) in [(BROKEN, "internal"), (CUT_OFF, "internal"), (TOO_BUSY, "unavailable")] {
+        let (internal, unavailable) = ("internal", "unavailable");
+        for (answer, code) in
+            [(BROKEN, internal), (CUT_OFF, internal), (TOO_BUSY, unavailable), (TOO_OLD, unavailable)]
+        {
             let reply: serde_json::Value = serde_json::from_slice(answer).unwrap();
             assert_eq!(reply["error"]["code"], code);
         }

@@ -9,7 +9,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 
 use super::connection::Access;
-use super::control::{self, CommandMeta};
+use super::control::{self, CommandMeta, RefusalHook};
 use super::jobs::{Consuming, Deliveries, DropHook, Feed, Intent, Source};
 use super::link::{BrokerState, Link, LinkReceiver, Live, Role};
 use super::names::Names;
@@ -119,7 +119,13 @@ impl Broker {
     /// Starts to serve commands: `handler` takes a command's body and answers with the reply's. Commands go on while lanes
     /// are paused, so that their senders learn what is the matter. What is returned ends when consuming has been stopped and
     /// what was under way then is answered: at the second stage of the stop at the latest.
-    pub fn serve_commands<H, F>(&self, clock: Clock, shutdown: Shutdown, handler: H) -> JoinHandle<()>
+    pub fn serve_commands<H, F>(
+        &self,
+        clock: Clock,
+        shutdown: Shutdown,
+        on_refusal: RefusalHook,
+        handler: H,
+    ) -> JoinHandle<()>
     where
         H: Fn(Vec<u8>, CommandMeta) -> F + Send + Sync + 'static,
         F: Future<Output = Vec<u8>> + Send + 'static,
@@ -132,6 +138,7 @@ impl Broker {
             publisher: self.publisher.clone(),
             clock,
             shutdown,
+            on_refusal,
             handler: Arc::new(handler),
         };
         tokio::spawn(server.run())

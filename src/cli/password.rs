@@ -1,20 +1,24 @@
 //! Passwords from where no other process can see them: a terminal without echo, a file, or standard input.
-//! Guarantee: a password is never an argument and never shown, and a terminal echoes again whatever ends the question.
+//! Guarantee: a password is never an argument and never shown, and a terminal echoes again after an answer, Ctrl-C and SIGTERM.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 use tokio::task::block_in_place;
 
 /// Far above any password; a wrong file should not be read whole.
 const PASSWORD_MAX: u64 = 4096;
+/// Between a signal that the prompt itself raises and its end.
+const LIBRARY_ENDS_WITHIN: Duration = Duration::from_millis(300);
 
 /// Where the SMTP password comes from.
 #[derive(Debug, Args)]
@@ -63,23 +67,27 @@ impl PasswordArgs {
 
 /// Asks the terminal.
 pub(super) fn ask() -> anyhow::Result<SecretString> {
-    let terminal = Arc::new(Silenced::new().context("no terminal to ask for the password")?);
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("listening for signals")?;
+    let terminal = Arc::new(Silenced::new().context("no terminal to ask for the password")?);
+    let (answered, answer_came) = oneshot::channel::<()>();
     let watched = terminal.clone();
-    let watching = tokio::spawn(async move {
+    // To the end of the program: once listened for, these signals do nothing by themselves any more.
+    tokio::spawn(async move {
         let signal = tokio::select! {
             _ = interrupt.recv() => SignalKind::interrupt(),
             _ = terminate.recv() => SignalKind::terminate(),
         };
+        // For Ctrl-C the library sends the signal first, and then restores the terminal as it found it: silent.
+        let _ = tokio::time::timeout(LIBRARY_ENDS_WITHIN, answer_came).await;
         watched.end(signal);
     });
     let answer = block_in_place(|| rpassword::prompt_password("SMTP password: "));
+    terminal.restore();
+    drop(answered);
     if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Interrupted) {
         terminal.end(SignalKind::interrupt());
     }
-    watching.abort();
-    terminal.restore();
     judged(answer.context("the terminal gave no password")?.into())
 }
 

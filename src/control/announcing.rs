@@ -2,9 +2,11 @@
 //! Guarantee: what is looked for is a row that was committed with its change and goes when its event is confirmed, so an event
 //! comes at least once, whoever dies and whatever is away meanwhile. No reply waits for it.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use tokio::sync::Notify;
 
@@ -37,10 +39,17 @@ impl Announcer {
             let more = tokio::select! {
                 biased;
                 () = self.shutdown.stop_now() => return,
-                announced = self.announce() => announced.unwrap_or_else(|error| {
-                    tracing::debug!(%error, "changes to be announced could not be looked for now");
-                    false
-                }),
+                announced = AssertUnwindSafe(self.announce()).catch_unwind() => match announced {
+                    Ok(Ok(more)) => more,
+                    Ok(Err(error)) => {
+                        tracing::debug!(%error, "changes to be announced could not be looked for now");
+                        false
+                    }
+                    Err(_panic) => {
+                        tracing::error!("announcing changes panicked; it begins anew");
+                        false
+                    }
+                },
             };
             if more {
                 continue;

@@ -65,9 +65,9 @@ codes! {
     AuthFailed = "auth_failed",
     /// The server refused something else.
     Rejected = "rejected",
-    /// More tests than `control.tests_per_minute`, or than a worker takes on at once.
+    /// More tests than `control.tests_per_minute`.
     RateLimited = "rate_limited",
-    /// The database is away; nothing was changed.
+    /// The database is away, or the worker has its hands full; nothing was changed.
     Unavailable = "unavailable",
     /// A fault of Sendoff itself.
     Internal = "internal",
@@ -181,7 +181,7 @@ impl ControlError {
 
     /// As many tests are under way as this worker takes on at once.
     pub(super) fn too_many_tests() -> Self {
-        Self::new(Code::RateLimited, "Too many tests are under way; this one was not begun")
+        Self::new(Code::Unavailable, "Too many tests are under way now; this one was not begun")
             .hint("Try again in a minute.")
     }
 

@@ -1,6 +1,7 @@
 //! Probes: whether a configuration that fails works by now, found out by a connection test that sends nothing.
-//! Guarantee: each probe is one connection of one worker's; one whose worker died is made later by another; a slow server
-//! holds up no other's probe, and trouble that may pass by itself says nothing about the configuration.
+//! Guarantee: each probe is one connection of one worker's; one whose worker died is made later by another, one whose worker
+//! stops at once; a slow server holds up another's probe only where many are slow, and trouble that may pass by itself says
+//! nothing about the configuration.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +28,9 @@ const PROBES: usize = 16;
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// So long after its limit a probe that has brought no verdict is taken by another worker: it takes the goodbye and the record.
 const GRACE: Duration = Duration::from_secs(60);
+/// For probes under way to end when the worker is to take no new work; and for giving back those that did not.
+const LAST_PROBES: Duration = Duration::from_secs(5);
+const GIVE_BACK_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +58,7 @@ impl Prober {
         Self { worker, connector, lacking: Mutex::default() }
     }
 
-    /// Until the worker takes no new work; probes under way are left to their lease.
+    /// Until the worker takes no new work; probes that do not end soon then are given back.
     pub async fn run(self) {
         let this = Arc::new(self);
         let mut probes = JoinSet::new();
@@ -77,6 +81,7 @@ impl Prober {
                 () = tokio::time::sleep(PAUSE) => {}
             }
         }
+        while probes.join_next().await.is_some() {}
     }
 
     /// One probe's opening. Nobody waits for it: a server that a send has the patience for is not given up sooner here.
@@ -100,8 +105,19 @@ impl Prober {
 
     /// Where the database does not answer, the probe is made again when its lease has ended.
     async fn probe(&self, probe: DueProbe) {
-        if let Err(error) = self.find_out(&probe).await {
-            tracing::debug!(organization = %probe.organization, %error, "a probe's verdict could not be recorded");
+        let shutdown = &self.worker.shutdown;
+        let cut_off = async {
+            shutdown.stop_taking().await;
+            let _ = tokio::time::timeout(LAST_PROBES, shutdown.stop_now()).await;
+        };
+        tokio::select! {
+            found = self.find_out(&probe) => if let Err(error) = found {
+                tracing::debug!(organization = %probe.organization, %error, "a probe's verdict could not be recorded");
+            },
+            () = cut_off => {
+                let giving_back = self.worker.blames.configs.give_back_probe(&probe);
+                let _ = tokio::time::timeout(GIVE_BACK_LIMIT, giving_back).await;
+            }
         }
     }
 

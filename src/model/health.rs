@@ -89,7 +89,7 @@ pub enum Suspect {
 }
 
 impl Suspect {
-    /// `last` is what the same job failed for before, across a release from where it was parked for it. Up to the login the
+    /// `last` is what the same job's attempt before failed for, across a release from where it was parked for it. Up to the login the
     /// server knows nothing of the message.
     pub fn of(reason: Reason, phase: Option<Phase>, last: Option<Reason>) -> Self {
         let of_message = phase.is_some_and(|phase| phase >= Phase::Mail);

@@ -164,7 +164,7 @@ pub struct Claimed {
     /// When it was last replayed: its age and its retries count from there. A release moves it on by the time that the job was
     /// parked: both go on as if it had not been.
     pub replayed_at: Option<OffsetDateTime>,
-    /// Why it was put off last, or parked.
+    /// Why it was put off last, or, where its own last attempt was, what it was parked for.
     pub reason: Option<Reason>,
     /// The database's time of the claim.
     pub now: OffsetDateTime,

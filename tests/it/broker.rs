@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lapin::BasicProperties;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldArray, FieldTable};
 use sendoff::broker::{
-    Access, AmqpUrl, Broker, BrokerError, DeadLetter, Delivery, JobHeaders, JobSender, PublishError,
-    RpcError, Settled, Standing, call, inspect,
+    Access, AmqpUrl, Broker, BrokerError, BrokerSettings, DeadLetter, Delivery, JobHeaders, JobSender,
+    PublishError, RpcError, Settled, Standing, call, inspect,
 };
 use sendoff::clock::Clock;
 use sendoff::model::event::{Event, JobFacts, What};
@@ -19,6 +19,7 @@ use sendoff::model::ledger::Turn;
 use sendoff::model::letter::Fate;
 use sendoff::shutdown::Shutdown;
 use time::macros::datetime;
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::support::broker::{PrivateBroker, SOON, TestBroker, access, amqp_url, eventually};
@@ -538,18 +539,23 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     let broker = start(&test);
     let carried_out = Arc::new(AtomicUsize::new(0));
     let counter = carried_out.clone();
-    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, meta| {
-        let counter = counter.clone();
-        async move {
-            counter.fetch_add(1, Ordering::SeqCst);
-            assert!(body != b"panic", "as asked");
-            let user = meta.user_id.unwrap_or_default();
-            serde_json::to_vec(
-                &serde_json::json!({"ok": true, "result": [String::from_utf8_lossy(&body), user]}),
-            )
-            .expect("JSON")
-        }
-    });
+    broker.serve_commands(
+        Clock::system(),
+        Shutdown::new(),
+        |_| {},
+        move |body, meta| {
+            let counter = counter.clone();
+            async move {
+                counter.fetch_add(1, Ordering::SeqCst);
+                assert!(body != b"panic", "as asked");
+                let user = meta.user_id.unwrap_or_default();
+                serde_json::to_vec(
+                    &serde_json::json!({"ok": true, "result": [String::from_utf8_lossy(&body), user]}),
+                )
+                .expect("JSON")
+            }
+        },
+    );
     let now = Clock::system().now();
     let ask = async |body: &[u8]| call(&access(), &test.prefix, body, now, SOON).await.expect("a reply");
     let reply: serde_json::Value = serde_json::from_slice(&ask(b"ping").await).expect("JSON");
@@ -584,6 +590,42 @@ async fn a_command_gets_its_reply_and_one_without_reply_address_is_carried_out()
     .await;
     let missing = call(&access(), "no-such-prefix", b"ping", now, SOON).await.expect_err("no queue");
     assert!(matches!(missing, RpcError::Broker(BrokerError::Missing { .. })), "{missing}");
+    test.clean_up().await;
+}
+
+#[tokio::test]
+async fn a_reply_that_the_broker_does_not_take_holds_up_no_stop() {
+    let test = TestBroker::new("mute", &[]).await;
+    test.declare().await;
+    let (proxy, url) = Proxy::before(&amqp_url()).await;
+    let access = Access::new(AmqpUrl::parse(&url).expect("an AMQP URL"));
+    let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
+    let (shutdown, begun, go_on) = (Shutdown::new(), Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (told, wait) = (begun.clone(), go_on.clone());
+    let serving = broker.serve_commands(
+        Clock::system(),
+        shutdown.clone(),
+        |_| {},
+        move |_, _| {
+            let (told, wait) = (told.clone(), wait.clone());
+            async move {
+                told.notify_one();
+                wait.notified().await;
+                b"{}".to_vec()
+            }
+        },
+    );
+    let replied = BasicProperties::default().with_reply_to("somebody.waits".into());
+    test.publish("", &test.name("control"), b"ping", replied).await;
+    begun.notified().await;
+    proxy.stall();
+    go_on.notify_one();
+    shutdown.stop();
+    let stopped = Instant::now();
+    broker.stop_consuming().await;
+    serving.await.expect("no panic");
+    // The publisher itself would wait for half a minute.
+    assert!(stopped.elapsed() < Duration::from_secs(20), "{:?}", stopped.elapsed());
     test.clean_up().await;
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use lapin::BasicProperties;
-use lapin::options::{QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use sendoff::broker::{Access, AmqpUrl, Broker, BrokerSettings};
 use sendoff::clock::Clock;
@@ -138,14 +138,19 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     let broker = Broker::start(test.settings(), Arc::new(|_: &str| {}));
     let (begun, gate) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(0)));
     let (log, wait) = (begun.clone(), gate.clone());
-    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, _| {
-        log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
-        let wait = wait.clone();
-        async move {
-            drop(wait.acquire().await);
-            Vec::new()
-        }
-    });
+    broker.serve_commands(
+        Clock::system(),
+        Shutdown::new(),
+        |_| {},
+        move |body, _| {
+            log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
+            let wait = wait.clone();
+            async move {
+                drop(wait.acquire().await);
+                Vec::new()
+            }
+        },
+    );
     let queue = test.name("control");
     let publish = async |body: &str, properties: BasicProperties| {
         test.publish("", &queue, body.as_bytes(), properties).await;
@@ -171,7 +176,19 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
         let now = u64::try_from(Clock::system().now().unix_timestamp()).expect("after 1970");
         BasicProperties::default().with_expiration("60000".into()).with_timestamp(now - seconds_ago)
     };
-    publish("long on its way", sent(90)).await;
+    let channel = test.channel().await;
+    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let replies = channel.queue_declare("".into(), exclusive, FieldTable::default()).await.expect("a queue");
+    publish("long on its way", sent(90).with_reply_to(replies.name().clone())).await;
+    let mut refused = Value::Null;
+    eventually("its sender is told", async || {
+        let got = channel.basic_get(replies.name().clone(), BasicGetOptions { no_ack: true }).await;
+        let got = got.expect("a queue");
+        refused = got.map_or(Value::Null, |got| serde_json::from_slice(&got.data).expect("JSON"));
+        !refused.is_null()
+    })
+    .await;
+    assert_eq!(refused["error"]["code"], "unavailable", "{refused}");
     publish("timely", sent(0)).await;
     eventually("one in time is carried out", async || seen("timely") == 1).await;
     assert_eq!(seen("long on its way"), 0);
@@ -255,10 +272,15 @@ async fn a_command_whose_acknowledgement_never_reached_the_broker_is_carried_out
     let broker = Broker::start(BrokerSettings { access, ..test.settings() }, Arc::new(|_: &str| {}));
     let begun = Arc::new(Mutex::new(Vec::new()));
     let log = begun.clone();
-    broker.serve_commands(Clock::system(), Shutdown::new(), move |body, _| {
-        log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
-        std::future::ready(Vec::new())
-    });
+    broker.serve_commands(
+        Clock::system(),
+        Shutdown::new(),
+        |_| {},
+        move |body, _| {
+            log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
+            std::future::ready(Vec::new())
+        },
+    );
     let queue = test.name("control");
     let seen = |body: &str| begun.lock().expect("no panic holds it").iter().filter(|b| *b == body).count();
     test.wait_consumers(&queue, 1).await;

@@ -230,6 +230,18 @@ async fn a_server_out_of_reach_fails_after_ten_minutes_and_being_reached_ends_th
 }
 
 #[tokio::test]
+async fn a_server_that_took_mail_before_fails_all_the_same_when_it_is_out_of_reach() {
+    let house = House::of(&["acme"]).await;
+    house.absolve(1, Absolution::Worked).await;
+    house.note(Reason::ConnectFailed).await;
+    house
+        .database
+        .run("UPDATE smtp_configs SET unreachable_since = unreachable_since - interval '11 minutes'")
+        .await;
+    assert_eq!(house.blame(1, Reason::ConnectFailed).await, FAILING);
+}
+
+#[tokio::test]
 async fn a_server_that_nobody_tried_to_reach_for_an_hour_was_not_out_of_reach_meanwhile() {
     let house = House::of(&["acme"]).await;
     let minutes_ago = |minutes| {

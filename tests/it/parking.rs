@@ -375,6 +375,8 @@ async fn a_server_out_of_reach_is_retried_for_ten_minutes_and_then_its_mail_is_p
     let port = vacant.local_addr().expect("bound").port();
     drop(vacant);
     world.organization_at("acme", json!({"host": ip.to_string(), "port": port})).await;
+    // It has taken mail before.
+    world.database.run("UPDATE smtp_configs SET worked_at = now(), proven = true").await;
     let id = world.publish(&job(Some("acme"))).await;
     let row = world.state(Some("acme"), id, State::Deferred).await;
     assert_eq!((row.reason, row.attempts), (Some(Reason::ConnectFailed), 1));

@@ -2,6 +2,7 @@
 //! Guarantee: what is typed is read from the terminal and not shown on it, and the terminal is left as it was found.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -74,5 +75,28 @@ async fn ctrl_c_at_the_prompt_changes_nothing_and_the_terminal_echoes_again() {
     terminal.shows("it ended with 130").await;
     terminal.shows(" echo ").await;
     assert!(!terminal.shown.contains("half"), "{}", terminal.shown);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_after_the_prompt_ends_the_wait_for_an_answer() {
+    let world = World::new().await;
+    world.broker.declare().await;
+    let line = "trap : INT; $SENDOFF org smtp update 42 --ask-password; echo \"it ended with $?\"";
+    let mut terminal = Terminal::run(&world, line);
+    terminal.shows("SMTP password: ").await;
+    terminal.types("a password\n").await;
+    // Nobody is there to answer. While the prompt is not over yet, Ctrl-C is no signal but a key.
+    let mut keys = terminal.child.stdin.take().expect("piped");
+    let pressing = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            keys.write_all(b"\x03").await.expect("typed");
+        }
+    };
+    tokio::select! {
+        () = terminal.shows("it ended with 130") => {}
+        () = pressing => unreachable!("it never ends"),
+    }
     world.end().await;
 }

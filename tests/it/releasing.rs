@@ -1,6 +1,8 @@
 //! Parked jobs on their way out, with real workers: probes, releases, burials, and what is announced of them.
 //! Guarantee: whatever ends a worker in the middle, each job is sent once or dies once.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sendoff::clock::Clock;
@@ -288,6 +290,45 @@ async fn a_server_that_a_send_would_wait_for_is_waited_for_by_a_probe() {
     go_on.notify_one();
     assert_eq!(recovered(&world, "acme").await, 0);
     assert_eq!(world.server.connections(), 1);
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test]
+async fn the_probe_of_a_worker_that_stops_is_given_back() {
+    let world = World::with(|server| server.rule(Rule::new(Stage::Banner, Action::Silence).once())).await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 0).await;
+    world.server.wait_for(SOON, |seen| seen.sessions.len() == 1).await.expect("its probe begins");
+    worker.stop().await;
+    let due = "SELECT count(*) FROM smtp_configs WHERE failing_since IS NOT NULL AND next_probe_at <= now()";
+    assert_eq!(world.database.number(due).await, 1);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn letters_that_were_never_tried_park_again_when_the_account_is_refused_again() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    world.organization("acme").await;
+    fail(&world, "acme", 3600).await;
+    park(&world, &jobs("acme", 20)).await;
+    for table in ["jobs", "dead_letters"] {
+        world.database.run(format!("UPDATE {table} SET reason = 'sender_refused'")).await;
+    }
+    let taken = Arc::new(AtomicBool::new(false));
+    let refused = Rule::new(Stage::Rcpt, Action::reply("554 5.7.1 <ann>: Relay access denied"));
+    world.server.rule(refused.when(move |_| taken.swap(true, Ordering::SeqCst)));
+    world
+        .database
+        .run("UPDATE smtp_configs SET failing_since = NULL, failing_reason = NULL, worked_at = now(), strikes = 0")
+        .await;
+    let again = "SELECT count(*) FROM smtp_configs WHERE failing_reason = 'sender_refused'";
+    eventually("it fails again", async || world.database.number(again).await == 1).await;
+    eventually("all but one are parked again", async || count_of(&world, "parked").await == 19).await;
+    let charged = "SELECT count(*) FROM jobs WHERE attempts <> spared";
+    assert_eq!(world.database.number(charged).await, 1, "what was sent, and nothing else");
     worker.stop().await;
     world.end().await;
 }

@@ -63,12 +63,13 @@ CROSS JOIN LATERAL (
 
 const FAILING: &str = concat!("SELECT id FROM unnest($2::text[]) AS a (id) WHERE ", fails_in_use!("a.id"));
 
-/// Age and retries go on as if the job had not been parked. Owner 0 is a program that has gone: whoever meets an older copy
+/// Age and retries go on as if the job had not been parked. What it was parked for speaks against the job itself only where its
+/// own last attempt met it: others were parked untried. Owner 0 is a program that has gone: whoever meets an older copy
 /// repeats the hand-over.
 const RELEASE: &str = "
 UPDATE jobs SET state = 'deferred', turn = a.turn, owner = 0, not_before = now(),
     replayed_at = coalesce(jobs.replayed_at, jobs.first_at) + (now() - jobs.updated_at),
-    parked_reason = jobs.reason, reason = NULL, detail = NULL, updated_at = now()
+    parked_reason = CASE WHEN jobs.history -> -1 ->> 'reason' = jobs.reason THEN jobs.reason END, reason = NULL, detail = NULL, updated_at = now()
 FROM unnest($1::uuid[], $2::text[], $3::int[]) AS a (id, organization_id, turn)
 WHERE jobs.id = a.id AND jobs.organization_id = a.organization_id
 RETURNING jobs.id, jobs.organization_id, jobs.replayed_at";

@@ -27,8 +27,8 @@ WITH seen AS MATERIALIZED (
 ), old AS (
     SELECT organization_id, failing_since, proven, counts,
         $4 OR (counts AND (worked_at IS NULL OR strikes + 1 >= $9))
-            OR ($5 AND unreachable_since <= now() - $10 * interval '1 second'
-                AND unreachable_at >= now() - $12 * interval '1 second') AS fails
+            OR ($5 AND coalesce(unreachable_since <= now() - $10 * interval '1 second'
+                AND unreachable_at >= now() - $12 * interval '1 second', false)) AS fails
     FROM seen
 )
 UPDATE smtp_configs AS c SET

@@ -31,7 +31,26 @@ macro_rules! shown_columns {
     };
 }
 
-use shown_columns;
+/// Of rows that were failing: their mail may go, which is to be announced, behind what they failed for where nobody has
+/// announced that yet.
+macro_rules! note_recovery {
+    ($from:literal) => {
+        concat!(
+            "INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
+             SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM ",
+            $from,
+            " WHERE failing_since IS NOT NULL
+             ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
+                 failing_version = coalesce(excluded.failing_version, r.failing_version),
+                 failing_reason =
+                     CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
+                 failing_hint =
+                     CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END"
+        )
+    };
+}
+
+use {note_recovery, shown_columns};
 
 const SHOWN: &str = concat!(
     "SELECT custom_smtp, ",

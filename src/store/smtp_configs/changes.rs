@@ -5,7 +5,7 @@
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::Instant;
 
-use super::{ConfigRow, SmtpConfig, SmtpConfigs, shown_columns};
+use super::{ConfigRow, SmtpConfig, SmtpConfigs, note_recovery, shown_columns};
 use crate::model::address::EmailAddress;
 use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
@@ -16,20 +16,18 @@ use crate::store::change::{self, ChangeError, Tx};
 use crate::store::config_events::{self, Changed};
 
 /// Mail that waited for it goes through the platform's server.
-const DELETE: &str = "
+const DELETE: &str = concat!(
+    "
 WITH deleted AS (
     DELETE FROM smtp_configs WHERE organization_id = $1
     RETURNING organization_id, failing_since, failing_reason, failing_hint,
         CASE WHEN announce_at IS NOT NULL THEN version END AS unannounced
 ), noted AS (
-    INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
-    SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM deleted WHERE failing_since IS NOT NULL
-    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
-        failing_version = coalesce(excluded.failing_version, r.failing_version),
-        failing_reason = CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
-        failing_hint = CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END
-)
-SELECT count(*) FROM deleted";
+",
+    note_recovery!("deleted"),
+    ")
+SELECT count(*) FROM deleted"
+);
 
 /// A configuration to be stored. The host is in its normal form; all values are checked.
 #[derive(Debug)]

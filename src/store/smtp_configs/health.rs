@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::Row;
 
-use super::{SmtpConfigs, reason_from};
+use super::{SmtpConfigs, note_recovery, reason_from};
 use crate::model::failure::Reason;
 use crate::model::health::{
     ANNOUNCED_WITHIN, Absolution, Blame, Blamed, Pauses, STRIKES, Suspect, UNREACHABLE_FOR, UNREACHABLE_GAP,
@@ -68,24 +68,23 @@ WHERE organization_id = $1 AND version = $2
 
 /// The pauses go on from where they were, until a message is accepted: a test may succeed where sending does not. Trouble that
 /// is not announced yet is kept for whoever announces the recovery.
-const RECOVER: &str = "
+const RECOVER: &str = concat!(
+    "
 WITH old AS MATERIALIZED (
     SELECT organization_id, failing_since, failing_reason, failing_hint,
         CASE WHEN announce_at IS NOT NULL THEN version END AS unannounced
     FROM smtp_configs WHERE organization_id = $1 AND version = $2 FOR UPDATE
 ), recovered AS (
     UPDATE smtp_configs AS c SET worked_at = coalesce(c.worked_at, now()), strikes = 0, unreachable_since = NULL,
-        unreachable_at = NULL, proven = c.proven AND c.failing_since IS NULL, failing_since = NULL, failing_reason = NULL, failing_hint = NULL, announce_at = NULL, next_probe_at = NULL
+        unreachable_at = NULL, proven = c.proven AND c.failing_since IS NULL, failing_since = NULL,
+        failing_reason = NULL, failing_hint = NULL, announce_at = NULL, next_probe_at = NULL
     FROM old WHERE c.organization_id = old.organization_id
 ), noted AS (
-    INSERT INTO recoveries AS r (organization_id, recovered_at, failing_version, failing_reason, failing_hint)
-    SELECT organization_id, now(), unannounced, failing_reason, failing_hint FROM old WHERE failing_since IS NOT NULL
-    ON CONFLICT (organization_id) DO UPDATE SET recovered_at = excluded.recovered_at,
-        failing_version = coalesce(excluded.failing_version, r.failing_version),
-        failing_reason = CASE WHEN excluded.failing_version IS NULL THEN r.failing_reason ELSE excluded.failing_reason END,
-        failing_hint = CASE WHEN excluded.failing_version IS NULL THEN r.failing_hint ELSE excluded.failing_hint END
-)
-SELECT failing_since IS NOT NULL AS was_failing FROM old";
+",
+    note_recovery!("old"),
+    ")
+SELECT failing_since IS NOT NULL AS was_failing FROM old"
+);
 
 /// The lease is the time until which nobody else takes the probe. One whose server is not in use is left alone, and so is one
 /// whose credentials are under a key of `$4`.

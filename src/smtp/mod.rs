@@ -6,6 +6,7 @@ pub mod compose;
 mod conceal;
 mod connect;
 mod examine;
+mod offers;
 mod pool;
 mod reply;
 mod session;

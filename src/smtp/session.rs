@@ -14,7 +14,8 @@ use lettre::transport::smtp::commands::Quit;
 use lettre::transport::smtp::response::Response;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::connect::{Observer, Offers};
+use super::connect::Observer;
+use super::offers::Offers;
 use super::reply::{RawReply, protocol};
 use super::stream::{Deadlines, SharedChannel};
 use super::tls::TlsFacts;

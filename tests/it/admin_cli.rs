@@ -158,3 +158,19 @@ async fn a_failing_configuration_is_shown_with_what_becomes_of_its_mail() {
     worker.stop().await;
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_of_nothing_and_port_0_are_usage_errors_that_ask_nobody() {
+    let world = World::new().await;
+    let (code, _, errors) = world.run(&["org", "smtp", "update", "42"]).await;
+    assert_eq!((code, errors.contains("nothing to update")), (2, true), "{errors}");
+    for command in [
+        &["org", "smtp", "update", "42", "--port", "0"][..],
+        &["org", "smtp", "test", "42", "--port", "0"],
+        &["org", "smtp", "create", "42", "--port", "0"],
+    ] {
+        let (code, _, errors) = world.run(command).await;
+        assert_eq!((code, errors.contains("0 is not in 1..=65535")), (2, true), "{command:?}: {errors}");
+    }
+    world.end().await;
+}

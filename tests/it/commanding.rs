@@ -1,6 +1,7 @@
 //! Commands over the broker, with real workers: two at once, late ones, slow ones, strangers' ones.
 //! Guarantee: what one worker does counts for all.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -133,6 +134,7 @@ async fn only_who_the_broker_vouches_for_may_command() {
 
 #[tokio::test]
 async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
+    static REFUSED: AtomicUsize = AtomicUsize::new(0);
     let test = TestBroker::new("late", &[]).await;
     test.declare().await;
     let broker = Broker::start(test.settings(), Arc::new(|_: &str| {}));
@@ -141,7 +143,10 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     broker.serve_commands(
         Clock::system(),
         Shutdown::new(),
-        |_| {},
+        |code| {
+            assert_eq!(code, "unavailable");
+            REFUSED.fetch_add(1, Ordering::SeqCst);
+        },
         move |body, _| {
             log.lock().expect("no panic holds it").push(String::from_utf8(body).expect("UTF-8"));
             let wait = wait.clone();
@@ -192,6 +197,7 @@ async fn a_command_that_expired_while_the_worker_was_busy_is_not_carried_out() {
     publish("timely", sent(0)).await;
     eventually("one in time is carried out", async || seen("timely") == 1).await;
     assert_eq!(seen("long on its way"), 0);
+    assert_eq!(REFUSED.load(Ordering::SeqCst), 3, "each of them is counted");
     broker.close().await;
     test.clean_up().await;
 }

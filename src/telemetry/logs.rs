@@ -5,17 +5,19 @@
 use std::io::IsTerminal;
 
 use tracing::{Level, Metadata};
-use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::filter::{FilterExt, ParseError, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-/// What the worker logs unless `RUST_LOG` says otherwise. The broker library's ERROR lines are left out: every loss has a
-/// line of our own, and theirs come at an orderly stop too.
-pub const WORKER_FILTER: &str = "info,lapin=off";
-/// What every other command logs unless `RUST_LOG` says otherwise: its answer is on standard output, and what the broker
-/// library complains of is in the command's own error.
-pub const COMMAND_FILTER: &str = "warn,lapin=off";
+/// What the worker logs unless `RUST_LOG` says otherwise.
+pub const WORKER_FILTER: &str = "info";
+/// What every other command logs unless `RUST_LOG` says otherwise: its answer is on standard output.
+pub const COMMAND_FILTER: &str = "warn";
+
+/// In front of every filter; a later item for the same target takes its place. The broker library's ERROR lines are left
+/// out unless they are asked for by name: every loss has a line of our own, and theirs come at an orderly close too.
+const QUIET: &str = "lapin=off";
 
 /// Targets that begin so carry credentials, message bodies or queries, and log them: lapin 4.12 prints the whole body of a
 /// message that came back, at WARN; sqlx 0.9 prints what it does not know of a URL, at WARN.
@@ -40,7 +42,7 @@ pub struct InvalidFilter {
 pub fn start_logs(filter: &str) -> Result<(), InvalidFilter> {
     let asked = std::env::var_os("RUST_LOG").map(|value| value.to_string_lossy().into_owned());
     let value = asked.filter(|value| !value.is_empty()).unwrap_or_else(|| filter.to_owned());
-    let filter = EnvFilter::try_new(&value).map_err(|_| InvalidFilter { value })?;
+    let filter = filter_of(&value).map_err(|_| InvalidFilter { value })?;
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let lines = tracing_subscriber::fmt::layer()
         .compact()
@@ -50,6 +52,10 @@ pub fn start_logs(filter: &str) -> Result<(), InvalidFilter> {
     // Fails only when logging has been started before.
     let _ = tracing_subscriber::registry().with(lines).try_init();
     Ok(())
+}
+
+fn filter_of(value: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::try_new(format!("{QUIET},{value}"))
 }
 
 /// The cap that no filter lifts.
@@ -86,14 +92,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_widest_filter_opens_our_own_lines_only() {
+    /// What is written of `log`'s lines under a filter.
+    fn written(filter: &str, log: impl FnOnce()) -> String {
         let lines = Lines::default();
         let writer = lines.clone();
         let layer = tracing_subscriber::fmt::layer()
             .with_writer(move || writer.clone())
-            .with_filter(EnvFilter::new("trace").and(filter_fn(may_log)));
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            .with_filter(filter_of(filter).unwrap().and(filter_fn(may_log)));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
+        let bytes = lines.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn the_widest_filter_opens_our_own_lines_only() {
+        let text = written("trace", || {
             tracing::trace!(target: "sendoff::smtp", "own-trace");
             tracing::debug!(target: "lettre::transport", "canary");
             tracing::info!(target: "sqlx::query", "canary");
@@ -104,7 +117,6 @@ mod tests {
             tracing::error!(target: "sqlx::pool", "their-error");
             tracing::warn!(target: "something_else", "their-warning");
         });
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         for line in ["own-trace", "their-error", "their-warning"] {
             assert!(text.contains(line), "{line}: {text}");
         }
@@ -112,9 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn the_default_filters_are_filters() {
-        for filter in [WORKER_FILTER, COMMAND_FILTER] {
-            assert!(EnvFilter::try_new(filter).is_ok(), "{filter}");
+    fn the_broker_library_s_errors_are_written_only_where_they_are_asked_for_by_name() {
+        let error = || tracing::error!(target: "lapin::channels", "their-error");
+        for filter in [WORKER_FILTER, COMMAND_FILTER, "trace", "sendoff=debug,info"] {
+            assert_eq!(written(filter, error), "", "{filter}");
+        }
+        for filter in ["info,lapin=error", "lapin=trace"] {
+            assert!(written(filter, error).contains("their-error"), "{filter}");
         }
     }
 }

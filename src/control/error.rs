@@ -92,6 +92,9 @@ pub struct ControlError {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// Set where the database is away, and the audit log with it.
+    #[serde(skip)]
+    without_log: bool,
 }
 
 /// The reply to one command.
@@ -109,7 +112,7 @@ impl fmt::Debug for Response {
 
 impl ControlError {
     pub(super) fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), field: None, hint: None }
+        Self { code, message: message.into(), field: None, hint: None, without_log: false }
     }
 
     pub(super) fn field(mut self, field: impl Into<String>) -> Self {
@@ -144,6 +147,7 @@ impl ControlError {
     pub(super) fn already_exists() -> Self {
         let message = "Organization already has an SMTP configuration. Please delete the existing one first.";
         Self::new(Code::AlreadyExists, message)
+            .hint("To change some of its fields, send smtp_config.update instead.")
     }
 
     pub(super) fn config_not_found() -> Self {
@@ -158,7 +162,9 @@ impl ControlError {
 
     pub(super) fn password_needed() -> Self {
         let message = "Enter the SMTP password again: it is only ever sent to the server it was entered for.";
-        Self::new(Code::InvalidField, message).field("password")
+        Self::new(Code::InvalidField, message)
+            .field("password")
+            .hint("Give the password together with the new host, or with secure turned off.")
     }
 
     /// Of credentials that are stored and do not open, though their key is there.
@@ -192,8 +198,14 @@ impl ControlError {
     }
 
     pub(super) fn unavailable() -> Self {
-        Self::new(Code::Unavailable, "The database cannot be reached now; nothing was changed")
-            .hint("Try again in a moment.")
+        let error = Self::new(Code::Unavailable, "The database cannot be reached now; nothing was changed")
+            .hint("Try again in a moment.");
+        Self { without_log: true, ..error }
+    }
+
+    /// Whether there is no audit log to write to.
+    pub(super) fn is_without_log(&self) -> bool {
+        self.without_log
     }
 
     /// Most of a test's time has gone by before it began.

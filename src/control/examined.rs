@@ -339,6 +339,14 @@ mod tests {
     }
 
     #[test]
+    fn the_address_that_was_chosen_is_told_with_its_family() {
+        let mut seen = seen(&STARTTLS, None);
+        seen.address = Some("[2600:1f18::25]:587".parse().unwrap());
+        let report = TestReport::new(&seen, &account(587, TlsMode::Required), "587", NOW);
+        assert_eq!(report.steps[2].detail, "Connected to 2600:1f18::25, port 587, over IPv6.");
+    }
+
+    #[test]
     fn the_last_step_is_the_one_that_failed() {
         let lost = || Some(Fault::Lost);
         let (starttls, implicit) = (account(587, TlsMode::Required), account(465, TlsMode::Implicit));

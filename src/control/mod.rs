@@ -1,6 +1,7 @@
 //! The control commands (contract section 4): bytes in, a reply out, and what was changed announced.
 //! Guarantee: every command is answered, in time and with one of the contract's codes, and leaves a row in the audit
-//! log; neither a reply, nor an event, nor that row holds a credential.
+//! log unless the database is away or the command ran out of its time, which the log tells; neither a reply, nor an
+//! event, nor that row holds a credential.
 
 mod announcing;
 mod error;
@@ -159,17 +160,11 @@ impl Control {
             by: began + CHANGE_LIMIT,
         };
         let limit = reply_limit(request.command);
-        let work =
-            AssertUnwindSafe(tokio::time::timeout_at(began + limit, self.answer(&call))).catch_unwind();
-        let outcome = match work.await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_elapsed)) => {
-                tracing::error!(command, "a control command took too long");
-                Err(overdue(request.command))
-            }
-            // The panic's own message went to the log with its place.
-            Err(_panic) => Err(ControlError::internal()),
-        };
+        let work = tokio::time::timeout_at(began + limit, self.answer(&call));
+        let outcome = work.await.unwrap_or_else(|_elapsed| {
+            tracing::error!(command, "a control command took too long");
+            Err(overdue(request.command))
+        });
         if matches!(outcome, Ok(Done { changed: true, .. })) {
             self.changed.notify_one();
         }
@@ -177,16 +172,20 @@ impl Control {
     }
 
     async fn answer(&self, call: &Call<'_>) -> Result<Done, ControlError> {
-        let outcome = if self.may_command(call.user_id) {
-            self.carry_out(call).await
-        } else {
-            Err(ControlError::not_allowed())
-        };
+        let outcome = unless_it_panics(async {
+            if self.may_command(call.user_id) {
+                self.carry_out(call).await
+            } else {
+                Err(ControlError::not_allowed())
+            }
+        })
+        .await;
         match &outcome {
             Ok(Done { changed: true, .. }) => {}
             Ok(_) => self.audit(call, "ok").await,
-            // Where the database is away there is no log to write to.
-            Err(error) if error.code == Code::Unavailable => {}
+            Err(error) if error.is_without_log() => {}
+            // What is no command changes nothing; who may give none is on record all the same.
+            Err(error) if call.request.command.is_none() && error.code != Code::NotAllowed => {}
             Err(error) => self.audit(call, error.code.as_str()).await,
         }
         outcome
@@ -218,9 +217,6 @@ impl Control {
 
     /// For what changed nothing. The command's answer does not depend on it.
     async fn audit(&self, call: &Call<'_>, outcome: &str) {
-        if call.request.command.is_none() {
-            return;
-        }
         // Many commands at once wait for the same sessions, and a refusal is not to be missing for that.
         let limit = call.by.saturating_duration_since(Instant::now()).max(AUDIT_MIN);
         if let Err(error) = self.store.record_audit(call.audit(outcome), limit).await {
@@ -309,6 +305,13 @@ fn reply_limit(command: Option<Command>) -> Duration {
     }
 }
 
+/// A panic's own message goes to the log with its place, and to nobody else.
+async fn unless_it_panics(
+    work: impl Future<Output = Result<Done, ControlError>>,
+) -> Result<Done, ControlError> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_panic| Err(ControlError::internal()))
+}
+
 /// The answer to a command that ran out of its time.
 fn overdue(command: Option<Command>) -> ControlError {
     let message = match command {
@@ -317,4 +320,17 @@ fn overdue(command: Option<Command>) -> ControlError {
         _ => return ControlError::outcome_unknown(),
     };
     ControlError::new(Code::Internal, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_that_says_nothing_of_it() {
+        let outcome = unless_it_panics(async { panic!("with a password") }).await;
+        let error = outcome.err().expect("an error");
+        assert_eq!(error.code, Code::Internal);
+        assert!(!format!("{error:?}").contains("password"), "{error:?}");
+    }
 }

@@ -181,8 +181,13 @@ impl KeyRing {
         }
         let plaintext = Zeroizing::new(self.open_bytes(context, sealed)?);
         let anew = self.seal_bytes(context, &plaintext);
-        match self.open_bytes(context, &anew).map(Zeroizing::new) {
-            Ok(again) if *again == *plaintext => Ok(Some(anew)),
+        self.verify(context, &anew, &plaintext)?;
+        Ok(Some(anew))
+    }
+
+    fn verify(&self, context: Context<'_>, sealed: &[u8], plaintext: &[u8]) -> Result<(), ResealError> {
+        match self.open_bytes(context, sealed).map(Zeroizing::new) {
+            Ok(again) if **again == *plaintext => Ok(()),
             Ok(_) | Err(_) => Err(ResealError::Unverified),
         }
     }
@@ -241,6 +246,19 @@ mod tests {
 
     fn password(organization: &OrganizationId) -> Context<'_> {
         Context::Credential { organization, field: Field::Password }
+    }
+
+    #[test]
+    fn a_resealed_value_that_is_not_what_it_was_is_not_taken() {
+        let (keys, acme) = (ring(&["k1"]), organization("acme"));
+        let sealed = keys.seal_bytes(password(&acme), b"as it was");
+        assert!(keys.verify(password(&acme), &sealed, b"as it was").is_ok());
+        let mut broken = sealed.clone();
+        *broken.last_mut().unwrap() ^= 1;
+        for (sealed, plaintext) in [(&sealed, b"otherwise"), (&broken, b"as it was")] {
+            let verified = keys.verify(password(&acme), sealed, plaintext);
+            assert!(matches!(verified, Err(ResealError::Unverified)), "{verified:?}");
+        }
     }
 
     #[test]

@@ -273,6 +273,7 @@ async fn run(world: &World, collected: &mut Collected, arguments: &[&str], input
     let _ = stdin.write_all(input.as_bytes()).await;
     drop(stdin);
     let output = child.wait_with_output().await.expect("it ends");
+    assert_ne!(output.status.code(), Some(2), "it has something to say: {output:?}");
     collected.add(format!("standard output of {arguments:?}"), output.stdout);
     collected.add(format!("standard error of {arguments:?}"), output.stderr);
 }
@@ -426,14 +427,14 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
         &file,
     ];
     let id = jobs[2].1.to_string();
-    let inputs: [(&[&str], &str); 15] = [
+    let inputs: [(&[&str], &str); 19] = [
         (&["org", "feature", "byhand", "custom-smtp-for-orgs", "on"], ""),
         (&create, ""),
         (&create, ""),
         (&["org", "smtp", "update", "byhand", "--password-stdin"], PASSWORD),
         (&["org", "smtp", "show", "byhand", "--json"], ""),
         (&["org", "smtp", "test", "byhand"], ""),
-        (&["org", "smtp", "send-test", "byhand", "ann@customer.example"], ""),
+        (&["org", "smtp", "send-test", "byhand", "--to", "ann@customer.example"], ""),
         (&["org", "smtp", "delete", "byhand"], ""),
         (&["check", "--json"], ""),
         (&["keys", "status"], ""),
@@ -441,6 +442,24 @@ async fn credentials_and_keys_are_nowhere_but_under_tls_and_sealed() {
         (&["topology", "show"], ""),
         (&["dead", "list", "--json"], ""),
         (&["dead", "show", &id, "--reveal"], ""),
+        (&["dead", "stats"], ""),
+        (&["dead", "replay", "--all", "--dry-run"], ""),
+        (&["dead", "discard", "--org", "nobody"], ""),
+        (
+            &[
+                "job",
+                "send",
+                "--org",
+                "echoing",
+                "--to",
+                "ann@customer.example",
+                "--subject",
+                "s",
+                "--text",
+                "t",
+            ],
+            "",
+        ),
         (&["job", "status", &id, "--org", "echoing"], ""),
     ];
     for (arguments, input) in inputs {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use sendoff::control::{CommandMeta, ControlRules};
+use sendoff::control::{CommandMeta, ControlRules, command_names};
 use sendoff::egress::AllowedPorts;
 use serde_json::{Value, json};
 
@@ -66,6 +66,9 @@ async fn tests_that_wait_for_their_servers_hold_up_no_other_command() {
         let one_more = house.ask("smtp_config.test", "acme", settings(silent.port())).await;
         assert_eq!(one_more["error"]["code"], "unavailable", "it is not begun: {one_more}");
         assert!(one_more["error"]["hint"].is_string(), "{one_more}");
+        let audited =
+            "SELECT count(*) FROM audit WHERE command = 'smtp_config.test' AND outcome = 'unavailable'";
+        assert_eq!(house.database.number(audited).await, 1);
         let status = house.refusal("smtp_config.get", "acme", json!({})).await;
         assert_eq!(status.0, "not_found", "it is answered");
         assert_eq!(silent.connections(), 32);
@@ -100,17 +103,7 @@ async fn every_command_needs_an_allowed_user_and_its_refusal_is_audited() {
     let rules = ControlRules { allowed_users: vec!["booking".into()], ..ControlRules::default() };
     let house = House::new().await;
     let control = house.another(rules, AllowedPorts::Any);
-    let commands = [
-        "smtp_config.create",
-        "smtp_config.get",
-        "smtp_config.update",
-        "smtp_config.delete",
-        "smtp_config.test",
-        "smtp_config.send_test_email",
-        "feature.set",
-        "job.status",
-    ];
-    for command in commands {
+    for command in command_names() {
         for user in [None, Some("guest"), Some("")] {
             let body =
                 json!({"command": command, "organization_id": "acme", "params": settings(25)}).to_string();
@@ -121,6 +114,11 @@ async fn every_command_needs_an_allowed_user_and_its_refusal_is_audited() {
         let audited = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND command = ";
         assert_eq!(house.database.number(format!("{audited}'{command}'")).await, 3, "{command}");
     }
+    for body in ["no command", r#"{"command": "rm -rf"}"#] {
+        assert_eq!(control.handle(body.as_bytes(), CommandMeta::default()).await.code(), "not_allowed");
+    }
+    let unknown = "SELECT count(*) FROM audit WHERE outcome = 'not_allowed' AND command = 'unknown'";
+    assert_eq!(house.database.number(unknown).await, 2);
     let booking = CommandMeta { user_id: Some("booking".into()), ..CommandMeta::default() };
     let body = json!({"command": "smtp_config.test", "organization_id": "acme"}).to_string();
     assert_eq!(control.handle(body.as_bytes(), booking).await.code(), "not_found");

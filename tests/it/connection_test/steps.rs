@@ -15,7 +15,7 @@ use super::{
 };
 use crate::support::broker::{SOON, eventually};
 use crate::support::certs::ServerCertificate;
-use crate::support::dns::Answer;
+use crate::support::dns::{Answer, MailAnswer, MailQuestion};
 use crate::support::smtp_server::{Action, Behaviour, Rule, SmtpServer, Stage, Tls};
 use crate::support::world::{PASSWORD, USERNAME, own_address};
 
@@ -298,7 +298,7 @@ async fn a_certificate_that_ends_soon_is_a_warning_and_no_failure() {
 }
 
 #[tokio::test]
-async fn what_the_senders_domain_lacks_is_a_warning_and_its_dns_failing_too() {
+async fn what_the_senders_domain_lacks_is_a_warning_and_leaves_the_outcome_as_it_is() {
     let house = House::new().await;
     let server = house.server(|_| {}).await;
     let topics = |list: &Value| -> Vec<String> {
@@ -331,6 +331,23 @@ async fn what_the_senders_domain_lacks_is_a_warning_and_its_dns_failing_too() {
     let params = settings_with(server.port(), json!({"password": "wrong"}));
     let refused = test(params).await;
     assert_eq!((&refused["ok"], topics(&refused["warnings"]).len()), (&json!(false), 3), "{refused}");
+}
+
+#[tokio::test]
+async fn name_servers_that_fail_over_the_senders_domain_are_a_warning_and_no_failed_test() {
+    let house = House::new().await;
+    let server = house.server(|_| {}).await;
+    house.dns.script_senders_domain("good.example");
+    house.dns.script_mail("good.example", MailQuestion::Exchanger, MailAnswer::ServerFailure);
+    let params = settings_with(server.port(), json!({"from_email": "hello@good.example"}));
+    let report = house.test(params).await;
+    assert_eq!(report["ok"], true, "{report}");
+    let warnings = report["warnings"].as_array().expect("warnings").iter().filter_map(Value::as_str);
+    let of_exchangers: Vec<_> = warnings.filter(|text| text.starts_with("MX: ")).collect();
+    assert!(
+        of_exchangers.len() == 1 && of_exchangers[0].contains("could not be looked up now"),
+        "{of_exchangers:?} in {report}"
+    );
 }
 
 #[tokio::test]

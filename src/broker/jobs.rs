@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Acker, Channel, Consumer};
 use tokio::sync::{mpsc, watch};
 
+use super::acks::Acks;
 use super::connection::BrokerError;
 use super::headers::{DeadLetter, JobHeaders, Received};
 use super::link::{self, LinkReceiver, Live};
@@ -75,6 +74,7 @@ pub struct Delivery {
 
 struct Unsettled {
     acker: Acker,
+    tag: u64,
     session: Arc<Session>,
 }
 
@@ -91,13 +91,20 @@ struct Session {
     label: String,
     on_drop: DropHook,
     runtime: tokio::runtime::Handle,
+    acks: Arc<Acks>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.acks.end();
+    }
 }
 
 /// Whether a settlement reached the broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Settled {
-    /// It was sent.
+    /// It was sent, or is about to be: acknowledgements are gathered for a moment.
     Done,
     /// The channel was lost before: the broker has taken the message back and delivers it again.
     ChannelLost,
@@ -133,14 +140,14 @@ impl Delivery {
     }
 
     /// Nothing is left to be done with the message.
-    pub async fn ack(mut self) -> Settled {
-        self.settle_by_ack().await
+    pub fn ack(mut self) -> Settled {
+        self.settle_by_ack()
     }
 
     /// Puts the message back into its queue, at its old place as far as possible.
     pub async fn requeue(mut self) -> Settled {
         match self.unsettled.take() {
-            Some(unsettled) => requeue(&unsettled.session, &unsettled.acker).await,
+            Some(unsettled) => requeue(&unsettled).await,
             None => Settled::ChannelLost,
         }
     }
@@ -157,7 +164,7 @@ impl Delivery {
         headers: JobHeaders,
     ) -> Result<Settled, Box<NotHandedOver>> {
         match publisher.retry(&self.received, lane, delay_s, headers).await {
-            Ok(()) => Ok(self.settle_by_ack().await),
+            Ok(()) => Ok(self.settle_by_ack()),
             Err(error) => Err(Box::new(NotHandedOver { delivery: self, error })),
         }
     }
@@ -174,32 +181,41 @@ impl Delivery {
         death: DeadLetter<'_>,
     ) -> Result<Settled, Box<NotHandedOver>> {
         match publisher.dead_letter(&self.received, lane, headers, death).await {
-            Ok(()) => Ok(self.settle_by_ack().await),
+            Ok(()) => Ok(self.settle_by_ack()),
             Err(error) => Err(Box::new(NotHandedOver { delivery: self, error })),
         }
     }
 
-    async fn settle_by_ack(&mut self) -> Settled {
-        let Some(unsettled) = self.unsettled.take() else { return Settled::ChannelLost };
-        let acknowledged = unsettled.acker.ack(BasicAckOptions::default());
-        Settled::from(unsettled.session.live.while_up(acknowledged).await)
+    fn settle_by_ack(&mut self) -> Settled {
+        match self.unsettled.take() {
+            Some(Unsettled { acker, tag, session }) if acker.usable() => {
+                session.acks.settle(tag);
+                Settled::Done
+            }
+            _ => Settled::ChannelLost,
+        }
     }
 }
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        let Some(Unsettled { acker, session }) = self.unsettled.take() else { return };
+        let Some(unsettled) = self.unsettled.take() else { return };
+        let session = &unsettled.session;
         (session.on_drop)(&session.label);
         let runtime = session.runtime.clone();
         runtime.spawn(async move {
-            let _settled = requeue(&session, &acker).await;
+            let _settled = requeue(&unsettled).await;
         });
     }
 }
 
-async fn requeue(session: &Session, acker: &Acker) -> Settled {
+async fn requeue(Unsettled { acker, tag, session }: &Unsettled) -> Settled {
     let requeued = acker.nack(BasicNackOptions { multiple: false, requeue: true });
-    Settled::from(session.live.while_up(requeued).await)
+    let settled = Settled::from(session.live.while_up(requeued).await);
+    if settled == Settled::Done {
+        session.acks.went_back(*tag);
+    }
+    settled
 }
 
 /// The deliveries of one queue. Losses of the connection show only as a silence.
@@ -229,6 +245,8 @@ pub(super) struct Feed {
     pub link: LinkReceiver,
     pub intent: watch::Receiver<Intent>,
     pub consuming: Arc<Consuming>,
+    /// Entered while acknowledgements wait to be sent.
+    pub unsent: Arc<Consuming>,
     pub on_drop: DropHook,
 }
 
@@ -309,12 +327,15 @@ impl Feed {
     async fn start(&self, live: Arc<Live>) -> Result<(Arc<Session>, Consumer), BrokerError> {
         let queue = self.source.queue(&self.names);
         let (channel, consumer) = consume(&live, &queue, self.prefetch).await?;
+        let acks = Acks::new(self.prefetch, self.unsent.clone());
+        tokio::spawn(acks.clone().send(live.clone(), channel.clone()));
         let session = Session {
             live,
             channel,
             label: self.source.label().to_owned(),
             on_drop: self.on_drop.clone(),
             runtime: tokio::runtime::Handle::current(),
+            acks,
         };
         Ok((Arc::new(session), consumer))
     }
@@ -365,7 +386,9 @@ impl Feed {
             match next {
                 Some(Ok(mut delivery)) if delivery.acker.usable() => {
                     let received = self.source.read(&mut delivery, &self.names);
-                    let unsettled = Unsettled { acker: delivery.acker, session: session.clone() };
+                    let (acker, tag) = (delivery.acker, delivery.delivery_tag);
+                    session.acks.delivered(tag);
+                    let unsettled = Unsettled { acker, tag, session: session.clone() };
                     room.send(Delivery { received, unsettled: Some(unsettled) });
                 }
                 Some(Ok(_lost)) => {}
@@ -417,9 +440,11 @@ async fn hand_back(session: &Session, mut consumer: Consumer) {
         if session.channel.basic_cancel(tag, BasicCancelOptions::default()).await.is_err() {
             return;
         }
-        // After the broker's cancel-ok nothing more comes in, and the stream ends behind what is there.
+        // After the broker's cancel-ok nothing more comes in, and the stream ends behind what is there. Every tag here is higher
+        // than those that were passed on, so no frame with `multiple` covers it.
+        let options = BasicNackOptions { multiple: false, requeue: true };
         while let Some(Ok(delivery)) = consumer.next().await {
-            let _settled = requeue(session, &delivery.acker).await;
+            let _requeued = session.live.while_up(delivery.acker.nack(options)).await;
         }
     };
     if tokio::time::timeout(HAND_BACK_LIMIT, work).await.is_err() {

@@ -1,6 +1,7 @@
 //! RabbitMQ: jobs in, retries and dead letters out, commands, events. The only folder that knows lapin.
 //! Guarantee: no type of the driver leaves this folder, and no message is acknowledged before what follows from it is safe.
 
+mod acks;
 mod check;
 mod connection;
 mod control;

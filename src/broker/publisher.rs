@@ -2,6 +2,7 @@
 //! Guarantee: `Ok` means that the broker has taken the message and, where it is mandatory, that a queue has it.
 //! [`PublishError::is_certain`] tells when a message is surely nowhere.
 
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,11 +20,11 @@ use super::topology;
 use crate::model::event::Event;
 use crate::model::text;
 
-/// Publishes at once, each on a channel of its own. A returned message comes with no sign of which publish it belongs to,
-/// and confirms of one channel may come bundled: only a channel with a single message on its way tells for certain.
+/// Mandatory publishes at once, each on a channel of its own. A returned message comes with no sign of which publish it
+/// belongs to: only a channel with a single message on its way tells for certain.
 const CHANNELS: usize = 64;
-/// Of them, those that events may use: a flood of events must not hold up retries and dead letters.
-const CHANNELS_FOR_EVENTS: usize = 24;
+/// Events on their way at once, over one channel: none of them can be returned, and confirms name the publish.
+const EVENTS_IN_FLIGHT: usize = 1024;
 /// Unless the caller asks for another: how long a publish waits for the connection and for its confirm.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a connection that the broker has blocked is looked at.
@@ -41,7 +42,33 @@ struct Shared {
     link: LinkReceiver,
     permits: Semaphore,
     event_permits: Semaphore,
+    /// The events' channel.
+    pipeline: tokio::sync::Mutex<Option<Pipeline>>,
     idle: Mutex<Idle>,
+}
+
+/// A channel for many publishes at once.
+#[derive(Clone)]
+struct Pipeline {
+    live: Arc<Live>,
+    channel: Channel,
+    /// The library numbers a publish and queues its frames in two steps, which must not mix with another's.
+    queueing: Arc<Mutex<()>>,
+}
+
+impl Pipeline {
+    fn is_open(&self) -> bool {
+        self.channel.status().connected() && self.live.is_up()
+    }
+
+    async fn send(&self, message: &Outgoing<'_>) -> Result<(), PublishError> {
+        let mut sending = std::pin::pin!(send(&self.channel, message));
+        poll_fn(|cx| {
+            let _alone = self.queueing.lock().expect("nothing panics while the lock is held");
+            sending.as_mut().poll(cx)
+        })
+        .await
+    }
 }
 
 /// Channels with nothing on their way, all of one connection.
@@ -124,7 +151,8 @@ impl Publisher {
             names,
             link,
             permits: Semaphore::new(CHANNELS),
-            event_permits: Semaphore::new(CHANNELS_FOR_EVENTS),
+            event_permits: Semaphore::new(EVENTS_IN_FLIGHT),
+            pipeline: tokio::sync::Mutex::default(),
             idle: Mutex::default(),
         };
         Self { shared: Arc::new(shared), patience: PATIENCE }
@@ -197,17 +225,30 @@ impl Publisher {
         let target = self.shared.names.events();
         let body = serde_json::to_vec(event)
             .map_err(|error| PublishError::Refused { target: target.clone(), detail: error.to_string() })?;
-        let _share =
-            permit(&self.shared.event_permits, Instant::now() + self.patience, self.patience).await?;
-        let properties = headers::persistent().with_content_type("application/json".into());
-        self.publish(Outgoing {
+        let deadline = Instant::now() + self.patience;
+        let _share = permit(&self.shared.event_permits, deadline, self.patience).await?;
+        let message = Outgoing {
             exchange: &target,
             routing_key: event.what.routing_key(),
             body: &body,
-            properties,
+            properties: headers::persistent().with_content_type("application/json".into()),
             unrouted: Unrouted::IsFine,
-        })
-        .await
+        };
+        let pipeline = self.pipeline(deadline).await?;
+        pipeline.live.confirmed(deadline, &message, pipeline.send(&message)).await
+    }
+
+    async fn pipeline(&self, deadline: Instant) -> Result<Pipeline, PublishError> {
+        let locking = tokio::time::timeout_at(deadline, self.shared.pipeline.lock());
+        let mut pipeline = locking.await.map_err(|_| self.unavailable())?;
+        if let Some(open) = pipeline.as_ref().filter(|pipeline| pipeline.is_open()) {
+            let unblocked = tokio::time::timeout_at(deadline, open.live.unblocked());
+            return unblocked.await.map(|()| open.clone()).map_err(|_| self.unavailable());
+        }
+        let (live, channel) = self.channel(deadline).await?;
+        let opened = Pipeline { live, channel, queueing: Arc::default() };
+        *pipeline = Some(opened.clone());
+        Ok(opened)
     }
 
     /// Answers a command. Not persistent: a reply is worth nothing to a sender that is gone. Not mandatory: to the broker
@@ -242,12 +283,7 @@ impl Publisher {
         let deadline = Instant::now() + self.patience;
         let _permit = permit(&self.shared.permits, deadline, self.patience).await?;
         let (live, channel) = self.channel(deadline).await?;
-        let lost = |detail: &str| PublishError::Lost { target: message.target(), detail: detail.to_owned() };
-        let outcome = match tokio::time::timeout_at(deadline, live.while_up(send(&channel, &message))).await {
-            Ok(Some(outcome)) => outcome,
-            Ok(None) => Err(lost("the connection was lost")),
-            Err(_) => Err(lost("none came in time")),
-        };
+        let outcome = live.confirmed(deadline, &message, send(&channel, &message)).await;
         // A channel is used again only when nothing of it is on its way: dropped, it closes itself.
         if matches!(outcome, Ok(()) | Err(PublishError::Unroutable { .. })) && channel.status().connected() {
             self.shared.keep(&live, channel);
@@ -262,11 +298,7 @@ impl Publisher {
         loop {
             let live = tokio::time::timeout_at(deadline, link::up(&mut link)).await.map_err(unavailable)?;
             let live = live.ok_or_else(|| self.unavailable())?;
-            while live.connection.status().blocked() && live.is_up() {
-                tokio::time::timeout_at(deadline, tokio::time::sleep(BLOCKED_LOOK))
-                    .await
-                    .map_err(unavailable)?;
-            }
+            tokio::time::timeout_at(deadline, live.unblocked()).await.map_err(unavailable)?;
             if let Some(channel) = self.shared.reuse(&live) {
                 return Ok((live, channel));
             }
@@ -286,6 +318,30 @@ impl Publisher {
 
     fn unavailable(&self) -> PublishError {
         PublishError::Unavailable { waited_ms: u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX) }
+    }
+}
+
+impl Live {
+    /// Returns when the broker takes publishes, or the connection is lost.
+    async fn unblocked(&self) {
+        while self.connection.status().blocked() && self.is_up() {
+            tokio::time::sleep(BLOCKED_LOOK).await;
+        }
+    }
+
+    /// Awaits a publish's confirm.
+    async fn confirmed(
+        &self,
+        deadline: Instant,
+        message: &Outgoing<'_>,
+        publish: impl Future<Output = Result<(), PublishError>>,
+    ) -> Result<(), PublishError> {
+        let lost = |detail: &str| PublishError::Lost { target: message.target(), detail: detail.to_owned() };
+        match tokio::time::timeout_at(deadline, self.while_up(publish)).await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(lost("the connection was lost")),
+            Err(_) => Err(lost("none came in time")),
+        }
     }
 }
 

@@ -53,6 +53,7 @@ pub struct Broker {
     state: watch::Receiver<BrokerState>,
     intent: watch::Sender<Intent>,
     consuming: Arc<Consuming>,
+    unsent: Arc<Consuming>,
     closing: watch::Sender<bool>,
     links: Vec<JoinHandle<()>>,
     on_drop: DropHook,
@@ -88,6 +89,7 @@ impl Broker {
             state: state_seen,
             intent: watch::channel(Intent::Consume).0,
             consuming: Arc::default(),
+            unsent: Arc::default(),
             closing,
             links: vec![consuming_task, publishing_task],
             on_drop,
@@ -152,6 +154,7 @@ impl Broker {
             link: self.link.clone(),
             intent: self.intent.subscribe(),
             consuming: self.consuming.clone(),
+            unsent: self.unsent.clone(),
             on_drop: self.on_drop.clone(),
         };
         feed.spawn()
@@ -188,9 +191,12 @@ impl Broker {
         }
     }
 
-    /// Closes both connections. Deliveries that are still open go back to their queues.
+    /// Sends the acknowledgements that wait, and closes both connections. Deliveries that are still open go back to their queues.
     pub async fn close(mut self) {
         self.intent.send_replace(Intent::Stop);
+        if tokio::time::timeout(CLOSE_LIMIT, self.unsent.none()).await.is_err() {
+            tracing::warn!("RabbitMQ takes no acknowledgements; what they are for is delivered again");
+        }
         self.closing.send_replace(true);
         for link in self.links.drain(..) {
             if tokio::time::timeout(CLOSE_LIMIT, link).await.is_err() {

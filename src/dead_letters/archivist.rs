@@ -139,7 +139,7 @@ impl Archivist {
                 requeue([delivery]).await;
                 return false;
             }
-            if delivery.ack().await == Settled::ChannelLost {
+            if delivery.ack() == Settled::ChannelLost {
                 tracing::debug!(
                     "a letter's acknowledgement was lost with its channel; the archive will know it"
                 );

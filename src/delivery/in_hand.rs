@@ -96,7 +96,7 @@ impl<'a> InHand<'a> {
     pub async fn finish(mut self, outcome: Outcome) {
         self.lane.metrics.job_settled(outcome);
         let Some(delivery) = self.delivery.take() else { return };
-        if delivery.ack().await == Settled::ChannelLost {
+        if delivery.ack() == Settled::ChannelLost {
             tracing::debug!(lane = %self.lane.name, "an acknowledgement was lost with its channel");
         }
     }

@@ -130,17 +130,18 @@ impl Worker {
         let trail = Trail::default();
         let delivery = InHand::new(delivery, lane, &trail);
         if AssertUnwindSafe(self.deliver(delivery)).catch_unwind().await.is_err() {
-            self.recover(lane, &trail).await;
+            Box::pin(self.recover(lane, &trail)).await;
         }
     }
 
+    /// The ways that follow each other are boxed: a task is as large as the largest of them, and a prefetch of tasks waits.
     async fn deliver(&self, delivery: InHand<'_>) {
         let job = {
             let _room = self.quarantine.shared().await;
             fault::strike(Place::Parse, &delivery.received().body);
             match self.read(&delivery) {
                 Ok(job) => job,
-                Err(refusal) => return self.desk.refuse(delivery, refusal).await,
+                Err(refusal) => return Box::pin(self.desk.refuse(delivery, refusal)).await,
             }
         };
         delivery.trail().is_job(&job.key);
@@ -155,23 +156,23 @@ impl Worker {
         match taken {
             Ok(TakeUp::Work(claimed, route, permit, _room)) => {
                 let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
-                self.work(delivery, job, *claimed, route, permit, limit).await;
+                Box::pin(self.work(delivery, job, *claimed, route, permit, limit)).await;
             }
             Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
                 claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
-                self.desk.give_up(delivery, &job, *claimed, reason, detail).await;
+                Box::pin(self.desk.give_up(delivery, &job, *claimed, reason, detail)).await;
             }
             Ok(TakeUp::Park(mut claimed, reason, _room)) => {
                 claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
-                self.desk.park(delivery, &job, *claimed, reason).await;
+                Box::pin(self.desk.park(delivery, &job, *claimed, reason)).await;
             }
-            Ok(TakeUp::Suspect(_)) => self.desk.put_aside(delivery, HELD_WAIT_S).await,
-            Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
-            Ok(TakeUp::Duplicate) => self.desk.duplicate(delivery, &job).await,
-            Ok(TakeUp::Aside(delay_s)) => self.desk.put_aside(delivery, delay_s).await,
-            Ok(TakeUp::HandBack) => self.desk.hand_back(delivery).await,
-            Ok(TakeUp::Repeat(hand_over)) => self.desk.repeat(delivery, &job, hand_over).await,
-            Err(error) => self.without_database(delivery, &job, &error).await,
+            Ok(TakeUp::Suspect(_)) => Box::pin(self.desk.put_aside(delivery, HELD_WAIT_S)).await,
+            Ok(TakeUp::Conflict) => Box::pin(self.desk.conflict(delivery, &job)).await,
+            Ok(TakeUp::Duplicate) => Box::pin(self.desk.duplicate(delivery, &job)).await,
+            Ok(TakeUp::Aside(delay_s)) => Box::pin(self.desk.put_aside(delivery, delay_s)).await,
+            Ok(TakeUp::HandBack) => Box::pin(self.desk.hand_back(delivery)).await,
+            Ok(TakeUp::Repeat(hand_over)) => Box::pin(self.desk.repeat(delivery, &job, hand_over)).await,
+            Err(error) => Box::pin(self.without_database(delivery, &job, &error)).await,
         }
     }
 
@@ -428,7 +429,8 @@ impl Worker {
             Ok(message) => message,
             Err(error) => {
                 drop(permit);
-                return self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, error.to_string()).await;
+                let detail = error.to_string();
+                return Box::pin(self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, detail)).await;
             }
         };
         // They are in the message now, and an attempt can take minutes.
@@ -445,7 +447,9 @@ impl Worker {
         drop(message);
         // Before the permit goes to the next in line, which would make another connection.
         let trouble = self.blames.blame(&route, claimed.reason, &mut report).await;
-        delivery.trail().report(&report);
+        if report.blamed.is_some() {
+            delivery.trail().report(&report);
+        }
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
         let absolution = absolution(&route, &report);

@@ -2,6 +2,7 @@
 //! Guarantee: a reply takes bounded memory, its code survives bytes that are not UTF-8, and bytes that are no SMTP reply
 //! appear in no failure.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -37,8 +38,11 @@ impl RawReply {
     pub fn to_model(&self) -> Reply {
         let said = Reply::new(self.code, self.lines.iter().map(String::as_str));
         let Some(concealed) = &self.concealed else { return said };
-        let shown: Vec<String> = self.lines.iter().map(|line| concealed.taken_out_of(line)).collect();
-        said.shown_as(Reply::new(self.code, shown.iter().map(String::as_str)))
+        let shown: Vec<Cow<'_, str>> = self.lines.iter().map(|line| concealed.taken_out_of(line)).collect();
+        if shown.iter().all(|line| matches!(line, Cow::Borrowed(_))) {
+            return said;
+        }
+        said.shown_as(Reply::new(self.code, shown.iter().map(Cow::as_ref)))
     }
 
     /// Whether a word of this reply holds nothing that is concealed.

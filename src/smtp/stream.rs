@@ -24,6 +24,9 @@ use crate::model::failure::{Fault, TlsFault};
 /// Replies that may wait while we still write: enough for a thousand recipients in one pipelined envelope.
 const INBOX_MAX: usize = 512 << 10;
 const READ_CHUNK: usize = 4 << 10;
+/// A message up to this size leaves in one write with its final dot: it fits into what the system buffers, so that its dot
+/// would follow within microseconds anyway, and the server is woken once.
+const HELD_MAX: usize = 32 << 10;
 
 /// How long to wait for what.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +56,7 @@ enum Body {
     Off,
     /// Its bytes are being written.
     Sending,
-    /// Every byte has been handed to the system; the final dot has not.
+    /// Every byte has been handed to the system, or is held; the final dot has not.
     Flushed,
     /// The final dot may have been handed to the system.
     Dotted,
@@ -75,6 +78,8 @@ pub(super) struct Channel {
     /// Why nothing more can be done here.
     broken: Option<Fault>,
     body: Body,
+    /// A small message that waits for its final dot.
+    held: Vec<u8>,
     /// Since when the reply is awaited, or the message makes no progress.
     since: Instant,
     /// What nothing that is shown of a reply may repeat.
@@ -93,6 +98,7 @@ impl Channel {
             is_dying: false,
             broken: None,
             body: Body::Off,
+            held: Vec::new(),
             since: Instant::now(),
             concealed,
         }
@@ -163,6 +169,7 @@ impl Channel {
     pub fn begin_body(&mut self) {
         self.begin_reply();
         self.body = Body::Sending;
+        self.held.clear();
         self.is_dying = !self.inbox.is_empty();
     }
 
@@ -313,13 +320,25 @@ impl Channel {
         if self.is_dying {
             return self.poll_break(cx);
         }
-        if self.body == Body::Flushed {
-            // A reply that is here before the dot would be taken for the reply to the dot.
-            if !self.is_quiet() {
-                return self.poll_break(cx);
+        match self.body {
+            Body::Sending if self.held.len() + bytes.len() <= HELD_MAX => {
+                self.held.extend_from_slice(bytes);
+                return Poll::Ready(Ok(bytes.len()));
             }
-            self.body = Body::Dotted;
-            self.since = Instant::now();
+            Body::Sending => ready!(self.poll_held(cx))?,
+            Body::Flushed => {
+                // A reply that is here before the dot would be taken for the reply to the dot.
+                if !self.is_quiet() {
+                    return self.poll_break(cx);
+                }
+                self.body = Body::Dotted;
+                self.since = Instant::now();
+                if !self.held.is_empty() {
+                    self.held.extend_from_slice(bytes);
+                    return self.poll_first_write(cx).map_ok(|()| bytes.len());
+                }
+            }
+            Body::Off | Body::Dotted => {}
         }
         match ready!(self.poll_io_write(cx, bytes)) {
             Ok(written) => {
@@ -332,10 +351,51 @@ impl Channel {
         }
     }
 
+    /// Begins to write what is held, the dot at its end; what the system does not take at once is left to the flush.
+    fn poll_first_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let held = std::mem::take(&mut self.held);
+        let written = self.poll_io_write(cx, &held);
+        self.held = held;
+        match written {
+            Poll::Ready(Ok(written)) => {
+                self.held.drain(..written);
+                Poll::Ready(Ok(()))
+            }
+            Poll::Pending => Poll::Ready(Ok(())),
+            Poll::Ready(Err(_)) => {
+                // Nothing of the message has left.
+                self.body = Body::Flushed;
+                self.poll_break(cx)
+            }
+        }
+    }
+
+    /// Writes what is held.
+    fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.held.is_empty() {
+            let held = std::mem::take(&mut self.held);
+            let written = self.poll_io_write(cx, &held);
+            self.held = held;
+            match ready!(written) {
+                Ok(written) => {
+                    self.held.drain(..written);
+                    self.since = Instant::now();
+                }
+                Err(_) => return self.poll_break(cx),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
     fn poll_client_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.is_dying {
             return self.poll_break(cx);
         }
+        if self.body == Body::Sending && !self.held.is_empty() {
+            self.body = Body::Flushed;
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_held(cx))?;
         match ready!(self.poll_io_flush(cx)) {
             Ok(()) => {
                 if self.body == Body::Sending {

@@ -14,7 +14,7 @@ use super::StoreError;
 /// Most requests in one statement.
 const BATCH_MAX: usize = 500;
 /// Statements of one kind at work at a time: while one waits for the disk the next is under way.
-const IN_FLIGHT: usize = 2;
+pub(super) const IN_FLIGHT: usize = 2;
 /// Requests that wait in the queue before a caller has to wait to get in.
 const QUEUE_MAX: usize = 4096;
 /// Requests taken out of the queue and not yet at work.

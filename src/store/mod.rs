@@ -25,7 +25,7 @@ use std::time::Duration;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{ConnectOptions, Executor, PgConnection};
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
 
 pub use audit::{AuditEntry, OpenEntry};
 pub use bindings::LaneBinding;
@@ -61,6 +61,8 @@ const STATEMENT_BOUND: Duration = Duration::from_secs(15);
 const SLOWEST: u64 = 1 << 20;
 /// Longest wait for a connection.
 const ACQUIRE_BOUND: Duration = Duration::from_secs(5);
+/// A session that was idle for so long may have been cut off meanwhile.
+const ASKED_AFTER: Duration = Duration::from_millis(500);
 /// Longest wait for the reason why there was none.
 const REASON_BOUND: Duration = Duration::from_secs(1);
 
@@ -104,18 +106,19 @@ impl Store {
             .application_name("sendoff")
             // A statement can hold personal data; the driver would log slow ones.
             .disable_statement_logging();
-        let pool = PgPoolOptions::new()
-            .max_connections(max_connections)
-            .acquire_timeout(ACQUIRE_BOUND)
-            // A plan made while a table was empty reads it from end to end, and would be kept while the table grows.
-            .after_connect(|session, _| {
-                Box::pin(async move {
-                    session.execute("SET plan_cache_mode = force_custom_plan").await?;
-                    Ok(())
-                })
-            })
-            .connect_lazy_with(options.clone());
+        // A plan made while a table was empty reads it from end to end, and would be kept while the table grows.
+        let pool = pool(&options, max_connections, "SET plan_cache_mode = force_custom_plan");
         Ok(Self { pool, options })
+    }
+
+    /// The same database over sessions of their own that plan each statement once: the ledger's are few, each is run
+    /// thousands of times a second, and planning one costs more than running it. Each finds its rows by a key, so the one
+    /// plan that is never wrong is forced, whatever the tables' size was when it was made.
+    fn planned_once(&self, max_connections: u32) -> Self {
+        let settings = "SET plan_cache_mode = force_generic_plan; SET jit = off; SET enable_seqscan = off; \
+                        SET enable_bitmapscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off";
+        let pool = pool(&self.options, max_connections, settings);
+        Self { pool, options: self.options.clone() }
     }
 
     /// Brings the schema up to date. Several programs may try at once: one does it, the others wait for it.
@@ -259,6 +262,25 @@ impl Store {
             }
         }
     }
+}
+
+/// Sessions that begin with these settings. They are statements, for poolers refuse options at the start of a session.
+fn pool(options: &PgConnectOptions, max_connections: u32, settings: &'static str) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(max_connections)
+        .acquire_timeout(ACQUIRE_BOUND)
+        // Asking each time whether a session is alive costs as much as many a statement.
+        .test_before_acquire(false)
+        .before_acquire(|session, meta| {
+            Box::pin(async move { Ok(meta.idle_for < ASKED_AFTER || session.ping().await.is_ok()) })
+        })
+        .after_connect(move |session, _| {
+            Box::pin(async move {
+                session.execute(sqlx::raw_sql(settings)).await?;
+                Ok(())
+            })
+        })
+        .connect_lazy_with(options.clone())
 }
 
 /// Longest time for a statement that carries so many bytes of letters.

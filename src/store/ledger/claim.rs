@@ -71,18 +71,17 @@ WITH asked AS MATERIALIZED (
             OR j.id || '/' || j.organization_id = ANY ($11))
     RETURNING organization_id, id, turn, attempts, spared, first_at, replayed_at,
         coalesce(reason, parked_reason) AS reason, message_id, pending, refused, partly_sent, orphan,
-        crashes, unknowns, cancel_requested
+        crashes, unknowns, cancel_requested, group_name, sequence
 )
 SELECT granted.*, now() AS now, groups.sequence AS newest_sequence,
-    granted.cancel_requested OR coalesce(groups.cancelled = asked.sequence, false) AS cancelled,
+    granted.cancel_requested OR coalesce(groups.cancelled = granted.sequence, false) AS cancelled,
     coalesce(organizations.custom_smtp, false) AS custom_smtp, smtp_configs.version AS config_version,
     smtp_configs.failing_since IS NOT NULL AS config_failing
 FROM granted
-JOIN asked ON asked.id = granted.id AND asked.organization_id = granted.organization_id
-LEFT JOIN organizations ON organizations.organization_id = asked.organization_id
-LEFT JOIN smtp_configs ON smtp_configs.organization_id = asked.organization_id
+LEFT JOIN organizations ON organizations.organization_id = granted.organization_id
+LEFT JOIN smtp_configs ON smtp_configs.organization_id = granted.organization_id
 LEFT JOIN job_groups AS groups
-    ON groups.organization_id = asked.organization_id AND groups.name = asked.group_name";
+    ON groups.organization_id = granted.organization_id AND groups.name = granted.group_name";
 
 /// Why the rest was not granted.
 const LOOK: &str = "

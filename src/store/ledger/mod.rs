@@ -28,6 +28,9 @@ use super::{Incarnations, Store, StoreError};
 use crate::model::job::JobKey;
 use crate::model::ledger::{Claim, ClaimAnswer, Gate, GateAnswer, Settle, SettleAnswer};
 
+/// For every statement of the three kinds that may be under way at once.
+const SESSIONS: u32 = 3 * super::batch::IN_FLIGHT as u32;
+
 /// One worker's access to the ledger; clones share its batches.
 #[derive(Clone)]
 pub struct Ledger {
@@ -47,6 +50,7 @@ impl Ledger {
         on_batch: impl Fn(usize) + Send + Sync + 'static,
     ) -> Self {
         let observer: super::batch::Observer = Arc::new(on_batch);
+        let store = store.planned_once(SESSIONS);
         let grants = Arc::new(Grants::default());
         let settles = Batcher::start(
             Settles { store: store.clone(), grants: Arc::clone(&grants) },

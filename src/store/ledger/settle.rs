@@ -1,10 +1,10 @@
 //! Settles, in batches: what became of the claimed jobs.
 //! Guarantee: only the claim's owner changes the row, and a settle that is repeated after a lost answer is recognised.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use sqlx::{PgConnection, Row};
+use sqlx::PgConnection;
 
 use super::super::batch::Work;
 use super::super::{Store, StoreError};
@@ -58,11 +58,11 @@ WITH locked AS MATERIALIZED (
         AND s.row_state = 'claimed' AND s.row_owner = s.owner AND s.row_turn = s.turn
     RETURNING s.position
 )
-SELECT locked.position,
-    changed.position IS NOT NULL
-        OR (row_owner = owner AND row_turn = next_turn
-            AND (row_state = state OR row_state = 'cancelled' AND state <> 'sent')) AS recorded
-FROM locked LEFT JOIN changed USING (position)";
+SELECT position FROM changed
+UNION ALL
+SELECT position FROM locked
+WHERE row_owner = owner AND row_turn = next_turn
+    AND (row_state = state OR row_state = 'cancelled' AND state <> 'sent')";
 
 pub(super) struct SettleRequest {
     pub(super) settle: Settle,
@@ -90,9 +90,9 @@ impl Work for Settles {
         let recorded = self.store.on_session(async |session| settle(session, &settles).await).await?;
         let answers = requests.iter().enumerate().map(|(position, request)| {
             self.grants.end(&request.settle.key, request.token);
-            Some(match recorded.get(&position) {
-                Some(true) => SettleAnswer::Recorded,
-                Some(false) | None => SettleAnswer::NotOwner,
+            Some(match recorded.contains(&position) {
+                true => SettleAnswer::Recorded,
+                false => SettleAnswer::NotOwner,
             })
         });
         Ok(answers.collect())
@@ -139,15 +139,15 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
     }
 }
 
-/// Whether each settle is recorded, by its position; no entry where there is no row.
+/// The positions of the settles that are recorded.
 async fn settle(
     session: &mut PgConnection,
     settles: &[&Settle],
-) -> Result<HashMap<usize, bool>, sqlx::Error> {
+) -> Result<HashSet<usize>, sqlx::Error> {
     let outcomes: Vec<Outcome<'_>> = settles.iter().map(|settle| outcome(&settle.outcome)).collect();
     let next_turn =
         settles.iter().zip(&outcomes).map(|(s, o)| if o.hand_over { s.turn.next().0 } else { s.turn.0 });
-    let rows = sqlx::query(SETTLE)
+    let positions: Vec<i64> = sqlx::query_scalar(SETTLE)
         .bind(settles.iter().map(|s| organization_text(&s.key)).collect::<Vec<_>>())
         .bind(settles.iter().map(|s| s.key.id).collect::<Vec<_>>())
         .bind(settles.iter().map(|s| s.owner.0).collect::<Vec<_>>())
@@ -169,14 +169,12 @@ async fn settle(
         .bind(settles.iter().map(|s| stored_count(s.spared)).collect::<Vec<_>>())
         .fetch_all(session)
         .await?;
-    rows.iter()
-        .map(|row| {
-            let position: i64 = row.try_get("position")?;
-            let position =
-                usize::try_from(position - 1).map_err(|error| sqlx::Error::Decode(error.into()))?;
-            Ok((position, row.try_get("recorded")?))
-        })
-        .collect()
+    positions.into_iter().map(position_in).collect()
+}
+
+/// Ordinality counts from one.
+fn position_in(ordinal: i64) -> Result<usize, sqlx::Error> {
+    usize::try_from(ordinal - 1).map_err(|error| sqlx::Error::Decode(error.into()))
 }
 
 fn clean(text: &str) -> String {

@@ -48,7 +48,7 @@ async fn nothing_is_lost_when_the_connection_is_cut_again_and_again() {
             }
         } else {
             done.insert(body);
-            let _settled = delivery.ack().await;
+            let _settled = delivery.ack();
         }
     }
     assert!(proxy.accepted() >= 4, "{} connections", proxy.accepted());
@@ -77,7 +77,7 @@ async fn a_worker_starts_before_the_broker_and_resumes_after_it_was_away() {
     tokio::time::timeout(SOON, lost).await.expect("noticed in time").expect("the broker lives");
     // What was held is the broker's again, and settling it says so.
     eventually("the delivery is known to be lost", async || !held.is_open()).await;
-    assert_eq!(held.ack().await, Settled::ChannelLost);
+    assert_eq!(held.ack(), Settled::ChannelLost);
     let unavailable = broker.publisher().with_patience(Duration::from_millis(200));
     let event = smtp_event();
     let error = unavailable.event(&event).await.expect_err("nobody to publish to");
@@ -90,7 +90,7 @@ async fn a_worker_starts_before_the_broker_and_resumes_after_it_was_away() {
     waiting.await.expect("no panic").expect("published after the return");
     let again = next(&mut lane).await;
     assert!(again.received().redelivered);
-    assert_eq!(again.ack().await, Settled::Done);
+    assert_eq!(again.ack(), Settled::Done);
     broker.close().await;
     test.clean_up().await;
 }
@@ -135,18 +135,18 @@ async fn paused_lanes_hand_their_jobs_back_and_resume() {
     broker.pause_lanes();
     // One is held here and one may wait in the stream: these stay ours, and can be settled while the lane is paused.
     eventually("the others are back", async || matches!(test.count(&queue).await, Some(38 | 39))).await;
-    assert_eq!(held.ack().await, Settled::Done);
+    assert_eq!(held.ack(), Settled::Done);
     broker.resume_lanes();
     let mut seen = BTreeSet::new();
     while seen.len() < 39 {
         let delivery = next(&mut lane).await;
         seen.insert(delivery.received().body.clone());
-        assert_eq!(delivery.ack().await, Settled::Done);
+        assert_eq!(delivery.ack(), Settled::Done);
     }
     test.publish_job("notification.x", b"late", BasicProperties::default()).await;
     let late = next(&mut lane).await;
     broker.stop_consuming().await;
-    assert_eq!(late.ack().await, Settled::Done);
+    assert_eq!(late.ack(), Settled::Done);
     assert!(lane.next().await.is_none(), "the stream ends");
     broker.close().await;
     assert_eq!(test.count(&queue).await, Some(0));
@@ -167,7 +167,7 @@ async fn a_lane_whose_queue_was_deleted_is_declared_again() {
     channel.queue_delete(queue.as_str().into(), Default::default()).await.expect("deleted");
     test.wait_consumers(&queue, 1).await;
     test.publish_job("notification.x", b"job", BasicProperties::default()).await;
-    assert_eq!(next(&mut lane).await.ack().await, Settled::Done);
+    assert_eq!(next(&mut lane).await.ack(), Settled::Done);
     broker.close().await;
     test.clean_up().await;
 }
@@ -194,7 +194,7 @@ async fn a_resource_alarm_stops_publishes_but_no_acknowledgement_and_a_killed_br
     })
     .await;
     for delivery in held {
-        assert_eq!(delivery.ack().await, Settled::Done);
+        assert_eq!(delivery.ack(), Settled::Done);
     }
     private.ctl("set_vm_memory_high_watermark 0.4").await;
     broker.publisher().event(&smtp_event()).await.expect("published again");
@@ -206,7 +206,7 @@ async fn a_resource_alarm_stops_publishes_but_no_acknowledgement_and_a_killed_br
     let mut reminders = broker.lane("reminders").expect("a lane");
     let kept = next(&mut reminders).await;
     assert_eq!(kept.received().body, b"kept");
-    assert_eq!(kept.ack().await, Settled::Done);
+    assert_eq!(kept.ack(), Settled::Done);
     broker.close().await;
     drop(private);
 }

@@ -105,7 +105,7 @@ async fn sixty_jobs_with_forged_deaths_all_return_from_the_delay_queue() {
             assert_eq!(delivery.received().turn, Turn(1));
             assert_eq!(delivery.received().first_at, Some(FIRST_AT));
             returned.insert(delivery.received().body.clone());
-            assert_eq!(delivery.ack().await, Settled::Done);
+            assert_eq!(delivery.ack(), Settled::Done);
         }
     }
     broker.close().await;
@@ -172,7 +172,7 @@ async fn a_job_that_no_lane_takes_is_a_dead_letter_and_says_so() {
     assert_eq!(death.reason, Reason::Unroutable);
     assert_eq!(letter.received().routing_key, "newsletter.weekly");
     assert_eq!(letter.received().lane, None);
-    assert_eq!(letter.ack().await, Settled::Done);
+    assert_eq!(letter.ack(), Settled::Done);
     broker.close().await;
     test.clean_up().await;
 }
@@ -207,12 +207,12 @@ async fn a_dead_letter_bears_its_reason_and_comes_back_when_released() {
     assert_eq!((received.lane.as_deref(), received.routing_key.as_str()), (Some("reminders"), "reminder.x"));
     assert_eq!(received.recipients, Some(vec![0, 2]));
     publisher.release(&received, "reminders", headers(2, 2)).await.expect("released");
-    assert_eq!(letter.ack().await, Settled::Done);
+    assert_eq!(letter.ack(), Settled::Done);
 
     let again = next(&mut lane).await;
     assert_eq!((again.received().body.as_slice(), again.received().turn), (&b"job"[..], Turn(2)));
     assert_eq!(again.received().routing_key, "reminder.x");
-    assert_eq!(again.ack().await, Settled::Done);
+    assert_eq!(again.ack(), Settled::Done);
     broker.close().await;
     test.clean_up().await;
 }
@@ -238,7 +238,7 @@ async fn a_delivery_is_settled_once_and_a_dropped_one_goes_back_and_is_counted()
     assert!(again.received().redelivered);
     assert_eq!(again.requeue().await, Settled::Done);
     let third = next(&mut lane).await;
-    assert_eq!(third.ack().await, Settled::Done);
+    assert_eq!(third.ack(), Settled::Done);
     broker.close().await;
     assert_eq!(dropped.load(Ordering::SeqCst), 1);
     assert_eq!(test.count(&test.name("jobs.notifications")).await, Some(0));
@@ -268,7 +268,7 @@ async fn what_the_broker_itself_kills_is_a_dead_letter_with_the_brokers_reason()
     let expired = next(&mut dead).await;
     assert_eq!(expired.received().death.as_ref().map(|death| death.reason), Some(Reason::Expired));
     assert_eq!(expired.received().lane.as_deref(), Some("reminders"));
-    assert_eq!(expired.ack().await, Settled::Done);
+    assert_eq!(expired.ack(), Settled::Done);
 
     let mut lane = broker.lane("notifications").expect("a lane");
     test.publish_job("notification.x", b"loops", BasicProperties::default()).await;
@@ -286,7 +286,7 @@ async fn what_the_broker_itself_kills_is_a_dead_letter_with_the_brokers_reason()
     assert!(death.died_at.is_some());
     assert_eq!(looped.received().lane.as_deref(), Some("notifications"));
     assert_eq!(looped.received().routing_key, "notification.x");
-    assert_eq!(looped.ack().await, Settled::Done);
+    assert_eq!(looped.ack(), Settled::Done);
     broker.close().await;
     test.clean_up().await;
 }

@@ -136,7 +136,7 @@ async fn a_published_job_can_be_followed_to_its_outcome() {
     sender.publish("notification.x", Uuid::from_u128(7), FIRST_AT, b"{}").await.expect("published");
     let delivery = next(&mut lane).await;
     assert_eq!(delivery.received().published_at(), Some(FIRST_AT));
-    assert_eq!(delivery.ack().await, Settled::Done);
+    assert_eq!(delivery.ack(), Settled::Done);
     let mut deferred = smtp_event();
     deferred.what = What::Deferred { reason: Reason::Throttled, next_attempt_at: FIRST_AT };
     let mut other = smtp_event();

@@ -23,6 +23,7 @@ mod hostile;
 mod key_rotation;
 mod keyless;
 mod ledger;
+mod ledger_plans;
 mod losses;
 mod once;
 mod outages;

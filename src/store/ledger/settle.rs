@@ -140,10 +140,7 @@ fn outcome(settlement: &Settlement) -> Outcome<'_> {
 }
 
 /// The positions of the settles that are recorded.
-async fn settle(
-    session: &mut PgConnection,
-    settles: &[&Settle],
-) -> Result<HashSet<usize>, sqlx::Error> {
+async fn settle(session: &mut PgConnection, settles: &[&Settle]) -> Result<HashSet<usize>, sqlx::Error> {
     let outcomes: Vec<Outcome<'_>> = settles.iter().map(|settle| outcome(&settle.outcome)).collect();
     let next_turn =
         settles.iter().zip(&outcomes).map(|(s, o)| if o.hand_over { s.turn.next().0 } else { s.turn.0 });

@@ -1,5 +1,6 @@
 //! The broker folder against a real RabbitMQ: what survives, what comes back, and what is never carried on.
 
+mod gathering;
 mod losses;
 mod refusals;
 mod requests;

@@ -82,6 +82,24 @@ async fn a_message_larger_than_every_buffer_arrives_whole() {
 }
 
 #[tokio::test]
+async fn a_message_of_any_size_around_what_leaves_in_one_write_arrives_whole() {
+    let (server, mut session) = session_with(|_| {}).await;
+    let sizes = [0, 1, (32 << 10) - 1, 32 << 10, (32 << 10) + 1, 64 << 10];
+    for size in sizes {
+        let mut message = b"0123456789abcde\n".repeat(4 << 10);
+        message.iter_mut().skip(14).step_by(16).for_each(|byte| *byte = b'\r');
+        message.truncate(size / 16 * 16);
+        message.extend(b"x".repeat(size % 16));
+        assert_accepted(&session.send(&envelope(1), &message, async { true }).await);
+    }
+    let seen: Vec<usize> = server.messages().iter().map(|message| message.data.len()).collect();
+    // A line end at the end is there once.
+    let expected: Vec<usize> =
+        sizes.iter().map(|size| if size % 16 == 0 && *size > 0 { *size } else { size + 2 }).collect();
+    assert_eq!(seen, expected);
+}
+
+#[tokio::test]
 async fn a_hundred_recipients_each_get_their_answer() {
     let (server, mut session) = session_with(|b| {
         b.rule(Rule::new(Stage::Rcpt, Action::reply("550 5.1.1 unknown")).of("r7@example.net"));

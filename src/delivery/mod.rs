@@ -8,6 +8,7 @@ pub mod database;
 pub mod debts;
 pub mod destination;
 pub mod dispatch;
+pub mod fairness;
 mod gatekeeping;
 pub mod in_hand;
 pub mod lanes;

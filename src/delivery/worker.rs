@@ -19,7 +19,7 @@ use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
-use crate::model::smtp_settings::SmtpAccount;
+use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
 use crate::smtp::Pool;
@@ -32,7 +32,8 @@ use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
-use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::dispatch::{Admitted, Permit, Slot};
+use super::fairness::Request;
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
@@ -68,6 +69,26 @@ pub struct Limits {
     pub attempt_timeout: Duration,
     /// Who may use a server of its own.
     pub custom_smtp: CustomSmtp,
+    /// Connections to one server.
+    pub connections: Connections,
+}
+
+/// Most connections at once to each kind of destination.
+#[derive(Debug, Clone, Copy)]
+pub struct Connections {
+    /// `smtp.max_connections_per_organization`.
+    pub per_organization: usize,
+    /// `platform.max_connections`.
+    pub platform: usize,
+}
+
+impl Connections {
+    fn ceiling(&self, destination: &Destination) -> usize {
+        match destination {
+            Destination::Organization { .. } => self.per_organization,
+            Destination::Platform => self.platform,
+        }
+    }
 }
 
 /// Everything a delivery meets on its way.
@@ -80,8 +101,6 @@ pub struct Worker {
     pub configs: ConfigCache,
     /// What is held against them.
     pub blames: Blames,
-    /// Who may start.
-    pub dispatcher: Dispatcher,
     /// Who may work at the same time.
     pub quarantine: Quarantine,
     /// SMTP sessions.
@@ -127,14 +146,15 @@ enum TakeUp<'a> {
 impl Worker {
     /// Brings one delivery to its end.
     pub async fn handle(&self, delivery: Delivery, lane: &ServedLane) {
+        let slot = lane.queue.take();
         let trail = Trail::default();
         let delivery = InHand::new(delivery, lane, &trail);
-        if AssertUnwindSafe(self.deliver(delivery)).catch_unwind().await.is_err() {
+        if AssertUnwindSafe(self.deliver(delivery, &slot)).catch_unwind().await.is_err() {
             self.recover(lane, &trail).await;
         }
     }
 
-    async fn deliver(&self, delivery: InHand<'_>) {
+    async fn deliver(&self, delivery: InHand<'_>, slot: &Slot) {
         let job = {
             let _room = self.quarantine.shared().await;
             fault::strike(Place::Parse, &delivery.received().body);
@@ -144,13 +164,13 @@ impl Worker {
             }
         };
         delivery.trail().is_job(&job.key);
-        let mut taken = self.take_up(&delivery, &job, None).await;
+        let mut taken = self.take_up(&delivery, &job, slot, None).await;
         let turn = match taken {
             Ok(TakeUp::Suspect(crashes)) => self.turn(crashes).await,
             _ => None,
         };
         if turn.is_some() {
-            taken = self.take_up(&delivery, &job, turn.as_ref()).await;
+            taken = self.take_up(&delivery, &job, slot, turn.as_ref()).await;
         }
         match taken {
             Ok(TakeUp::Work(claimed, route, permit, _room)) => {
@@ -213,6 +233,7 @@ impl Worker {
         &'a self,
         delivery: &InHand<'_>,
         job: &Job,
+        slot: &Slot,
         turn: Option<&Turn<'_>>,
     ) -> Result<TakeUp<'a>, StoreError> {
         fault::strike(Place::TakeUp, &delivery.received().body);
@@ -225,7 +246,7 @@ impl Worker {
                     self.key_missing.notify_one();
                     return Ok(TakeUp::Aside(REFUSED_WAIT_S));
                 }
-                Ok(route) if in_time => match self.admit(delivery, job, route).await {
+                Ok(route) if in_time => match self.admit(delivery, job, route, slot).await {
                     Some(Admitted::Go(permit)) => Some(permit),
                     Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
                     None => return Ok(TakeUp::HandBack),
@@ -308,12 +329,23 @@ impl Worker {
     }
 
     /// `None` when the worker stops meanwhile.
-    async fn admit(&self, delivery: &InHand<'_>, job: &Job, route: &Route) -> Option<Admitted> {
-        let key = LineKey { organization: job.key.organization.clone(), lane: delivery.lane().name.clone() };
+    async fn admit(
+        &self,
+        delivery: &InHand<'_>,
+        job: &Job,
+        route: &Route,
+        slot: &Slot,
+    ) -> Option<Admitted> {
+        let request = Request {
+            destination: &route.destination,
+            organization: job.key.organization.as_ref(),
+            bytes: delivery.received().body.len(),
+            ceiling: self.limits.connections.ceiling(&route.destination),
+        };
         tokio::select! {
             biased;
             () = self.shutdown.stop_taking() => None,
-            admitted = self.dispatcher.admit(&route.destination, key) => Some(admitted),
+            admitted = slot.admit(request) => Some(admitted),
         }
     }
 

@@ -15,6 +15,7 @@ use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Announcer, Control, ControlRules};
 use crate::dead_letters::{self, Archivist, Releaser};
+use crate::delivery::admission::Connections;
 use crate::delivery::blame::Blames;
 use crate::delivery::database::DatabaseWatch;
 use crate::delivery::debts::Debts;
@@ -24,7 +25,8 @@ use crate::delivery::lanes;
 use crate::delivery::probing::Prober;
 use crate::delivery::quarantine::Quarantine;
 use crate::delivery::settle::Desk;
-use crate::delivery::worker::{Connections, Limits, Worker};
+use crate::delivery::weights::Weights;
+use crate::delivery::worker::{Limits, Worker};
 use crate::fault;
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
@@ -300,6 +302,7 @@ impl Running {
             ledger,
             incarnations,
             configs,
+            weights: Weights::default(),
             quarantine: Quarantine::default(),
             pool: self.pool.clone(),
             database,

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::connection::BrokerError;
 use super::headers::{DeadLetter, JobHeaders, Received};
+use super::held::{Appetite, Held, HeldBytes};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::publisher::{PublishError, Publisher};
@@ -71,6 +72,7 @@ impl Source {
 pub struct Delivery {
     received: Received,
     unsettled: Option<Unsettled>,
+    _held: HeldBytes,
 }
 
 struct Unsettled {
@@ -230,6 +232,7 @@ pub(super) struct Feed {
     pub intent: watch::Receiver<Intent>,
     pub consuming: Arc<Consuming>,
     pub on_drop: DropHook,
+    pub held: Held,
 }
 
 /// How many consumers run at the moment.
@@ -268,6 +271,16 @@ impl Drop for ConsumingGuard {
     }
 }
 
+/// How a consumer has ended.
+enum Ended {
+    /// By itself, or because consuming pauses.
+    Lost,
+    /// It is to go on with another prefetch.
+    ToBeginAnew,
+    /// Nobody takes its deliveries any more.
+    Unwanted,
+}
+
 impl Feed {
     /// Starts the feed.
     pub fn spawn(self) -> Deliveries {
@@ -279,6 +292,7 @@ impl Feed {
 
     async fn run(mut self, out: mpsc::Sender<Delivery>) {
         let mut pauses = link::pauses();
+        let mut appetite = Appetite::new(self.prefetch);
         loop {
             if !wait_for_consume(&mut self.intent).await {
                 return;
@@ -286,14 +300,18 @@ impl Feed {
             let mut intent = self.intent.clone();
             let live = tokio::select! {
                 _ = intent.wait_for(|intent| *intent != Intent::Consume) => continue,
-                live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
+                live = async { self.held.room().await; link::up(&mut self.link).await } => {
+                    match live { Some(live) => live, None => return }
+                }
             };
             let _consuming = self.consuming.enter();
-            match self.start(live.clone()).await {
+            match self.start(live.clone(), appetite.prefetch()).await {
                 Ok((session, consumer)) => {
                     pauses = link::pauses();
-                    if !self.pump(session, consumer, &out).await {
-                        return;
+                    match self.pump(session, consumer, &out, &mut appetite).await {
+                        Ended::Lost => {}
+                        Ended::ToBeginAnew => continue,
+                        Ended::Unwanted => return,
                     }
                 }
                 Err(error) => self.complain(&live, &error).await,
@@ -306,9 +324,9 @@ impl Feed {
         }
     }
 
-    async fn start(&self, live: Arc<Live>) -> Result<(Arc<Session>, Consumer), BrokerError> {
+    async fn start(&self, live: Arc<Live>, prefetch: u16) -> Result<(Arc<Session>, Consumer), BrokerError> {
         let queue = self.source.queue(&self.names);
-        let (channel, consumer) = consume(&live, &queue, self.prefetch).await?;
+        let (channel, consumer) = consume(&live, &queue, prefetch).await?;
         let session = Session {
             live,
             channel,
@@ -330,35 +348,36 @@ impl Feed {
         }
     }
 
-    /// Passes deliveries on until the consumer ends or is no longer wanted; false when nobody takes them any more.
+    /// Passes deliveries on until the consumer ends, is no longer wanted, or has another prefetch than their bodies allow.
     async fn pump(
         &mut self,
         session: Arc<Session>,
         mut consumer: Consumer,
         out: &mpsc::Sender<Delivery>,
-    ) -> bool {
+        appetite: &mut Appetite,
+    ) -> Ended {
         loop {
             let room = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
                     hand_back(&session, consumer).await;
-                    return true;
+                    return Ended::Lost;
                 }
                 room = out.reserve() => room,
             };
             let Ok(room) = room else {
                 hand_back(&session, consumer).await;
-                return false;
+                return Ended::Unwanted;
             };
             let next = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
                     hand_back(&session, consumer).await;
-                    return true;
+                    return Ended::Lost;
                 }
                 () = out.closed() => {
                     hand_back(&session, consumer).await;
-                    return false;
+                    return Ended::Unwanted;
                 }
                 next = session.live.while_up(consumer.next()) => next.flatten(),
             };
@@ -366,10 +385,17 @@ impl Feed {
                 Some(Ok(mut delivery)) if delivery.acker.usable() => {
                     let received = self.source.read(&mut delivery, &self.names);
                     let unsettled = Unsettled { acker: delivery.acker, session: session.clone() };
-                    room.send(Delivery { received, unsettled: Some(unsettled) });
+                    let held = self.held.take(received.body.len());
+                    let is_to_begin_anew = appetite.is_wrong_after(received.body.len(), &self.held);
+                    room.send(Delivery { received, unsettled: Some(unsettled), _held: held });
+                    if is_to_begin_anew {
+                        // What else is on its way goes back as soon as it is read.
+                        hand_back(&session, consumer).await;
+                        return Ended::ToBeginAnew;
+                    }
                 }
                 Some(Ok(_lost)) => {}
-                Some(Err(_)) | None => return true,
+                Some(Err(_)) | None => return Ended::Lost,
             }
         }
     }

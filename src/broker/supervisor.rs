@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::connection::Access;
 use super::control::{self, CommandMeta, RefusalHook};
+use super::held::Held;
 use super::jobs::{Consuming, Deliveries, DropHook, Feed, Intent, Source};
 use super::link::{BrokerState, Link, LinkReceiver, Live, Role};
 use super::names::Names;
@@ -56,6 +57,7 @@ pub struct Broker {
     closing: watch::Sender<bool>,
     links: Vec<JoinHandle<()>>,
     on_drop: DropHook,
+    held: Held,
 }
 
 impl Broker {
@@ -91,6 +93,7 @@ impl Broker {
             closing,
             links: vec![consuming_task, publishing_task],
             on_drop,
+            held: Held::default(),
         }
     }
 
@@ -153,6 +156,7 @@ impl Broker {
             intent: self.intent.subscribe(),
             consuming: self.consuming.clone(),
             on_drop: self.on_drop.clone(),
+            held: self.held.clone(),
         };
         feed.spawn()
     }

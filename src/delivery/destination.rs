@@ -283,6 +283,29 @@ mod tests {
     }
 
     #[test]
+    fn a_permit_that_was_not_used_raises_no_doubt() {
+        let mut now = Instant::now();
+        let mut window = Window::new(4, now);
+        assert_eq!(window.start(now), Admission::Granted);
+        window.finish(Outcome::Nothing, TOOK, now);
+        now += STALLED_AFTER * 2;
+        assert!(!window.is_stalled(now));
+        assert_eq!(window.start(now), Admission::Granted);
+        window.finish(Outcome::Failed(Feedback::Narrow), TOOK, now);
+        assert!(window.is_stalled(now + STALLED_AFTER * 2));
+    }
+
+    #[test]
+    fn a_server_that_falls_silent_is_slow_at_once() {
+        let now = Instant::now();
+        let mut window = Window::new(1, now);
+        worked(&mut window, now);
+        assert_eq!(window.pace(now), Some(TOOK));
+        assert_eq!(window.start(now), Admission::Granted);
+        assert_eq!(window.pace(now + Duration::from_secs(9)), Some(Duration::from_secs(9)));
+    }
+
+    #[test]
     fn throttling_halves_the_window() {
         let now = Instant::now();
         let mut window = Window::new(8, now);

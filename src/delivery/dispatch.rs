@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::destination::Outcome;
 use super::fairness::{Entered, Event, Fairness, LaneId, Request, Ticket};
+use super::weights::Weight;
 
 /// How often a waiting job looks whether its line has become too long.
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
@@ -63,6 +64,7 @@ pub struct Permit {
     shared: Arc<Shared>,
     ticket: Ticket,
     outcome: Outcome,
+    weight: Weight,
 }
 
 impl Dispatcher {
@@ -123,7 +125,12 @@ impl Slot {
     }
 
     fn permit(&self) -> Permit {
-        Permit { shared: self.shared.clone(), ticket: self.ticket, outcome: Outcome::Nothing }
+        Permit {
+            shared: self.shared.clone(),
+            ticket: self.ticket,
+            outcome: Outcome::Nothing,
+            weight: Weight::default(),
+        }
     }
 }
 
@@ -148,6 +155,13 @@ impl Drop for Waiter<'_> {
 }
 
 impl Permit {
+    /// Lets the permit hold the room that its job takes.
+    pub fn with(self, weight: Weight) -> Self {
+        let mut permit = self;
+        permit.weight = weight;
+        permit
+    }
+
     /// Ends the attempt with what it says about the destination.
     pub fn finish(mut self, outcome: Outcome) {
         self.outcome = outcome;

@@ -1,6 +1,7 @@
 //! The core: one delivery's way from the lane to its outcome.
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
+pub mod admission;
 pub mod attempt;
 pub mod blame;
 mod conclude;
@@ -18,4 +19,5 @@ mod recovery;
 pub mod route;
 pub mod settle;
 pub mod trail;
+pub mod weights;
 pub mod worker;

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::sync::Notify;
 
 use crate::broker::Delivery;
-use crate::broker::wire::{self, Refusal, WireLimits};
+use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::fault::{self, Place};
 use crate::model::cancelling;
@@ -19,7 +19,7 @@ use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
-use crate::model::smtp_settings::{Destination, SmtpAccount};
+use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
 use crate::smtp::Pool;
@@ -27,19 +27,20 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
+use super::admission::{Connections, heavily};
 use super::attempt::{self, Progress, Report, Shut};
 use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
 use super::dispatch::{Admitted, Permit, Slot};
-use super::fairness::Request;
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
 use super::route::{self, NoServer, Route};
 use super::settle::Desk;
 use super::trail::{Stage, Trail};
+use super::weights::Weights;
 
 /// A job whose configuration changes at every look is put aside after so many.
 const ROUTE_LOOKS: usize = 3;
@@ -52,9 +53,6 @@ const CROWDED_WAIT_S: u32 = 120;
 /// Wait of a job that the database refused to look at, in seconds.
 const REFUSED_WAIT_S: u32 = 30;
 
-/// A job of so many bytes is read and composed where it holds nobody up: the locks and heartbeats of the worker share its
-/// threads.
-const HEAVY_BYTES: usize = 256 << 10;
 /// What is said of a panic.
 pub(super) const OWN_FAULT: &str = "the worker had a fault of its own";
 
@@ -73,24 +71,6 @@ pub struct Limits {
     pub connections: Connections,
 }
 
-/// Most connections at once to each kind of destination.
-#[derive(Debug, Clone, Copy)]
-pub struct Connections {
-    /// `smtp.max_connections_per_organization`.
-    pub per_organization: usize,
-    /// `platform.max_connections`.
-    pub platform: usize,
-}
-
-impl Connections {
-    fn ceiling(&self, destination: &Destination) -> usize {
-        match destination {
-            Destination::Organization { .. } => self.per_organization,
-            Destination::Platform => self.platform,
-        }
-    }
-}
-
 /// Everything a delivery meets on its way.
 pub struct Worker {
     /// The ledger.
@@ -101,6 +81,8 @@ pub struct Worker {
     pub configs: ConfigCache,
     /// What is held against them.
     pub blames: Blames,
+    /// Room for great jobs.
+    pub weights: Weights,
     /// Who may work at the same time.
     pub quarantine: Quarantine,
     /// SMTP sessions.
@@ -155,10 +137,12 @@ impl Worker {
     }
 
     async fn deliver(&self, delivery: InHand<'_>, slot: &Slot) {
+        let bytes = delivery.received().body.len();
         let job = {
+            let _turn = self.weights.copy(bytes).await;
             let _room = self.quarantine.shared().await;
             fault::strike(Place::Parse, &delivery.received().body);
-            match self.read(&delivery) {
+            match self.read_to_wait(&delivery) {
                 Ok(job) => job,
                 Err(refusal) => return self.desk.refuse(delivery, refusal).await,
             }
@@ -188,7 +172,10 @@ impl Worker {
             Ok(TakeUp::Suspect(_)) => self.desk.put_aside(delivery, HELD_WAIT_S).await,
             Ok(TakeUp::Conflict) => self.desk.conflict(delivery, &job).await,
             Ok(TakeUp::Duplicate) => self.desk.duplicate(delivery, &job).await,
-            Ok(TakeUp::Aside(delay_s)) => self.desk.put_aside(delivery, delay_s).await,
+            Ok(TakeUp::Aside(delay_s)) => {
+                let _turn = self.weights.copy(bytes).await;
+                self.desk.put_aside(delivery, delay_s).await;
+            }
             Ok(TakeUp::HandBack) => self.desk.hand_back(delivery).await,
             Ok(TakeUp::Repeat(hand_over)) => self.desk.repeat(delivery, &job, hand_over).await,
             Err(error) => self.without_database(delivery, &job, &error).await,
@@ -202,12 +189,6 @@ impl Worker {
             () = self.shutdown.stop_taking() => None,
             turn = self.quarantine.turn(crashes) => turn,
         }
-    }
-
-    /// The body as a job.
-    pub(super) fn read(&self, delivery: &InHand<'_>) -> Result<Job, Refusal> {
-        let body = &delivery.received().body;
-        heavily(body.len(), || wire::parse_job(body, &self.limits.wire))
     }
 
     pub(super) async fn without_database(&self, delivery: InHand<'_>, job: &Job, error: &StoreError) {
@@ -328,27 +309,6 @@ impl Worker {
         self.route(job).await
     }
 
-    /// `None` when the worker stops meanwhile.
-    async fn admit(
-        &self,
-        delivery: &InHand<'_>,
-        job: &Job,
-        route: &Route,
-        slot: &Slot,
-    ) -> Option<Admitted> {
-        let request = Request {
-            destination: &route.destination,
-            organization: job.key.organization.as_ref(),
-            bytes: delivery.received().body.len(),
-            ceiling: self.limits.connections.ceiling(&route.destination),
-        };
-        tokio::select! {
-            biased;
-            () = self.shutdown.stop_taking() => None,
-            admitted = slot.admit(request) => Some(admitted),
-        }
-    }
-
     async fn claim(
         &self,
         delivery: &InHand<'_>,
@@ -454,6 +414,11 @@ impl Worker {
         let max_bytes = self.limits.wire.max_message_bytes;
         // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
         let date = claimed.counted_from();
+        if let Err(refusal) = self.read_to_send(&delivery, &mut job) {
+            drop(permit);
+            let detail = refusal.detail;
+            return self.desk.give_up(delivery, &job, claimed, Reason::Malformed, detail).await;
+        }
         let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
         let message = match heavily(bytes, composing) {
@@ -510,11 +475,6 @@ impl Worker {
         }
         report
     }
-}
-
-/// Does work that takes its time with so many bytes.
-pub(super) fn heavily<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
-    if bytes < HEAVY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 
 /// RFC 5322 section 3.6.4: the job's id at the domain of its first attempt's From.

@@ -24,6 +24,9 @@ pub const NEEDED_WAIT: Duration = Duration::from_secs(2);
 const UNKNOWN_PACE: Duration = Duration::from_millis(20);
 /// Destinations remembered before idle ones are forgotten.
 const DESTINATIONS_KEPT: usize = 4096;
+/// The bodies in the lines of one destination take no more bytes than this, but for those that it takes soon: great bodies wait
+/// at the broker.
+pub const LINE_BYTES: usize = 32 << 20;
 
 /// One destination.
 pub type DestinationId = u64;
@@ -120,6 +123,13 @@ impl Entry {
     /// for want of a job. One that has stalled needs nobody to wait.
     pub fn needed(&self, now: Instant) -> usize {
         if self.window.is_stalled(now) { 0 } else { self.worth(NEEDED_WAIT, now).max(self.window.size()) }
+    }
+
+    /// Whether there are more jobs or bytes in line than may wait, or would be with these.
+    pub fn is_over(&self, jobs: usize, bytes: usize, now: Instant) -> bool {
+        let waiting = self.lines.waiting() + jobs;
+        let is_heavy = || self.lines.bytes().saturating_add(bytes) > LINE_BYTES;
+        waiting > self.longest(now) || (is_heavy() && waiting > self.needed(now).max(1))
     }
 
     /// How many jobs the destination takes within a time.

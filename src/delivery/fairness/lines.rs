@@ -30,13 +30,13 @@ pub struct Lines {
     lanes: Vec<LaneLines>,
     next: u64,
     waiting: usize,
+    bytes: usize,
 }
 
 #[derive(Debug)]
 struct Line {
     key: LineKey,
     turn: u64,
-    bytes: usize,
     /// In the order in which the broker delivered them, with the bytes of each.
     waiters: BTreeMap<Ticket, usize>,
 }
@@ -58,10 +58,15 @@ impl Lines {
         self.lanes.get(lane).map_or(0, |lane| lane.waiting)
     }
 
-    /// Jobs and bytes in the line of a key.
-    pub fn length(&self, key: &LineKey) -> (usize, usize) {
+    /// Their bodies' bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Jobs in the line of a key.
+    pub fn length(&self, key: &LineKey) -> usize {
         let line = self.by_key.get(key).and_then(|id| self.lines.get(id));
-        line.map_or((0, 0), |line| (line.waiters.len(), line.bytes))
+        line.map_or(0, |line| line.waiters.len())
     }
 
     /// Adds a job to the line of its key.
@@ -76,7 +81,7 @@ impl Lines {
                 let (id, turn) = (self.next, self.next);
                 self.turns.insert(turn, id);
                 self.by_key.insert(key.clone(), id);
-                self.lines.insert(id, Line { key, turn, bytes: 0, waiters: BTreeMap::new() });
+                self.lines.insert(id, Line { key, turn, waiters: BTreeMap::new() });
                 id
             }
         };
@@ -84,10 +89,10 @@ impl Lines {
             let lane = &mut self.lanes[line.key.lane];
             lane.by_length.remove(&(line.waiters.len(), id));
             line.waiters.insert(ticket, bytes);
-            line.bytes += bytes;
             lane.by_length.insert((line.waiters.len(), id));
             lane.waiting += 1;
             self.waiting += 1;
+            self.bytes += bytes;
         }
         id
     }
@@ -97,7 +102,7 @@ impl Lines {
         let Some(line) = self.lines.get_mut(&id) else { return };
         let before = line.waiters.len();
         let Some(bytes) = line.waiters.remove(&ticket) else { return };
-        line.bytes -= bytes;
+        self.bytes -= bytes;
         let lane = &mut self.lanes[line.key.lane];
         lane.by_length.remove(&(before, id));
         lane.waiting -= 1;

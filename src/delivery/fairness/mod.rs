@@ -20,8 +20,6 @@ use crate::model::smtp_settings::Destination;
 
 /// Longest wait in a line; a delivery must not be slept on.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// A line of one organization and lane holds no more bytes than this, but for its first job: great bodies wait at the broker.
-const LINE_BYTES: usize = 32 << 20;
 
 /// One delivery, from its arrival to its end; later ones have higher numbers.
 pub type Ticket = u64;
@@ -105,8 +103,16 @@ struct Held {
 enum State {
     /// In hand, and asking for nothing.
     Idle,
-    Waiting { destination: DestinationId, line: LineId, since: Instant },
-    Running { destination: DestinationId, started: Instant, stalled: bool },
+    Waiting {
+        destination: DestinationId,
+        line: LineId,
+        since: Instant,
+    },
+    Running {
+        destination: DestinationId,
+        started: Instant,
+        stalled: bool,
+    },
     /// On its way aside: it does not count for its lane any more.
     Leaving,
 }
@@ -210,11 +216,10 @@ impl Fairness {
         let key = LineKey { organization: request.organization.cloned(), lane };
         let is_pressed = self.lanes[lane].is_pressed();
         let entry = self.destinations.get(id);
-        let (own, own_bytes) = entry.lines.length(&key);
-        let longest = if is_pressed { entry.needed(now) } else { entry.longest(now) };
-        let is_full = entry.lines.waiting() >= longest;
-        let is_heavy = own > 0 && own_bytes.saturating_add(request.bytes) > LINE_BYTES;
-        if is_heavy || (is_full && !self.make_room(id, own, now)) {
+        let own = entry.lines.length(&key);
+        let is_needed = entry.lines.waiting() < entry.needed(now);
+        let is_full = entry.is_over(1, request.bytes, now) || (is_pressed && !is_needed);
+        if is_full && !self.make_room(id, own, now) {
             return Entered::Aside(self.put_aside(ticket, id, now));
         }
         let line = self.destinations.get(id).join(key, ticket, request.bytes, now);
@@ -255,9 +260,8 @@ impl Fairness {
 
     /// Draws what follows for the line of a destination from its state.
     fn look_at(&mut self, id: DestinationId, now: Instant) {
-        let entry = self.destinations.get(id);
-        let longest = if entry.window.open_for(now).is_some() { 0 } else { entry.longest(now) };
-        while self.destinations.get(id).lines.waiting() > longest {
+        let is_shut = self.destinations.get(id).window.open_for(now).is_some();
+        while is_shut || self.destinations.get(id).is_over(0, 0, now) {
             let Some((line, ticket)) = self.destinations.get(id).lines.youngest(None) else { break };
             self.spill(id, line, ticket, now);
         }

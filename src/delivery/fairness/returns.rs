@@ -74,11 +74,8 @@ impl Returns {
         }
         let per_slot = f64::from(SLOT_S) / outlook.pace.as_secs_f64();
         let busy_s = self.busy_s(outlook.line, per_slot);
-        let delay_s = ASIDE_S
-            .windows(2)
-            .rev()
-            .find(|pair| busy_s >= pair[1])
-            .map_or(SHORTEST_S, |pair| pair[1]);
+        let delay_s =
+            ASIDE_S.windows(2).rev().find(|pair| busy_s >= pair[1]).map_or(SHORTEST_S, |pair| pair[1]);
         let is_wave = delay_s == LONGEST_S && self.at(LONGEST_S) >= WAVE.max(per_slot as usize);
         if is_wave && self.at(BEFORE_LONGEST_S) < self.at(LONGEST_S) {
             return BEFORE_LONGEST_S;

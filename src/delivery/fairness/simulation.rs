@@ -103,8 +103,12 @@ impl World {
             self.in_hand.insert(ticket, job);
             let organization = OrganizationId::parse(&format!("o{job}")).unwrap();
             let destination = Destination::Organization { id: organization.clone(), version: 1 };
-            let request =
-                Request { destination: &destination, organization: Some(&organization), bytes: 5000, ceiling: 8 };
+            let request = Request {
+                destination: &destination,
+                organization: Some(&organization),
+                bytes: 5000,
+                ceiling: 8,
+            };
             match self.fairness.enter(ticket, request, self.now()) {
                 Entered::Granted => self.granted(ticket),
                 Entered::Waiting => self.waiting.push(ticket),

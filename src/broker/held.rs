@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::Notify;
 
 /// Above so many bytes consumers pause, until it is half of that.
-const HELD_MAX: usize = 256 << 20;
+const HELD_MAX: usize = 128 << 20;
 /// A body counts for so much in the mean of its queue's.
 const WEIGHT: f64 = 1.0 / 16.0;
 
@@ -132,7 +132,7 @@ mod tests {
             bodies.push(held.take(GREAT));
             assert!(bodies.len() * GREAT <= HELD_MAX + GREAT);
         }
-        assert!((10..40).contains(&appetite.prefetch()), "{}", appetite.prefetch());
+        assert!((8..20).contains(&appetite.prefetch()), "{}", appetite.prefetch());
         assert!(held.room().now_or_never().is_none());
         bodies.truncate(bodies.len() / 2 - 1);
         assert!(held.room().now_or_never().is_some());

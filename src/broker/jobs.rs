@@ -24,6 +24,8 @@ use super::topology;
 
 /// Handing the prefetched messages back when a consumer stops.
 const HAND_BACK_LIMIT: Duration = Duration::from_secs(5);
+/// The same where they may be a whole prefetch of great bodies that is still on its way.
+const GREAT_HAND_BACK_LIMIT: Duration = Duration::from_secs(20);
 
 /// Called with the lane's name (or `dead`) for every delivery that was dropped unsettled.
 pub type DropHook = Arc<dyn Fn(&str) + Send + Sync>;
@@ -360,23 +362,23 @@ impl Feed {
             let room = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
-                    hand_back(&session, consumer).await;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
                     return Ended::Lost;
                 }
                 room = out.reserve() => room,
             };
             let Ok(room) = room else {
-                hand_back(&session, consumer).await;
+                hand_back(&session, consumer, HAND_BACK_LIMIT).await;
                 return Ended::Unwanted;
             };
             let next = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
-                    hand_back(&session, consumer).await;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
                     return Ended::Lost;
                 }
                 () = out.closed() => {
-                    hand_back(&session, consumer).await;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
                     return Ended::Unwanted;
                 }
                 next = session.live.while_up(consumer.next()) => next.flatten(),
@@ -390,7 +392,7 @@ impl Feed {
                     room.send(Delivery { received, unsettled: Some(unsettled), _held: held });
                     if is_to_begin_anew {
                         // What else is on its way goes back as soon as it is read.
-                        hand_back(&session, consumer).await;
+                        hand_back(&session, consumer, GREAT_HAND_BACK_LIMIT).await;
                         return Ended::ToBeginAnew;
                     }
                 }
@@ -437,7 +439,7 @@ pub(super) async fn unwanted(intent: &mut watch::Receiver<Intent>) {
 }
 
 /// Cancels a consumer and sends back what it had prefetched and nobody has seen.
-async fn hand_back(session: &Session, mut consumer: Consumer) {
+async fn hand_back(session: &Session, mut consumer: Consumer, limit: Duration) {
     let work = async {
         let tag = consumer.tag();
         if session.channel.basic_cancel(tag, BasicCancelOptions::default()).await.is_err() {
@@ -448,7 +450,7 @@ async fn hand_back(session: &Session, mut consumer: Consumer) {
             let _settled = requeue(session, &delivery.acker).await;
         }
     };
-    if tokio::time::timeout(HAND_BACK_LIMIT, work).await.is_err() {
+    if tokio::time::timeout(limit, work).await.is_err() {
         tracing::warn!(lane = session.label, "prefetched messages go back only when their channel closes");
     }
 }

@@ -122,7 +122,7 @@ async fn the_line_of_a_server_that_does_not_answer_becomes_short_and_others_go_o
     assert!(matches!(aside.recv().await, Some(Admitted::Go(_))));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_thousand_jobs_for_a_quick_server_wait_in_its_line() {
     let (dispatcher, lane) = dispatcher(10);
     go(&lane.take(), "quick").await.finish(Outcome::Worked);

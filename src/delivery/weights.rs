@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// share its threads.
 pub const GREAT_BYTES: usize = 256 << 10;
 /// Bytes that the great jobs under way may take, in decoded attachments and composed messages.
-const WORK_BYTES: usize = 256 << 20;
+const WORK_BYTES: usize = 128 << 20;
 /// What a job under way takes, in bodies: its attachments decoded, and the message.
 const COPIES: usize = 2;
 /// Great bodies that are read, or copied for the broker, at once.

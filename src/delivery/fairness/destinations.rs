@@ -24,9 +24,10 @@ pub const NEEDED_WAIT: Duration = Duration::from_secs(2);
 const UNKNOWN_PACE: Duration = Duration::from_millis(20);
 /// Destinations remembered before idle ones are forgotten.
 const DESTINATIONS_KEPT: usize = 4096;
-/// The bodies in the lines of one destination take no more bytes than this, but for those that it takes soon: great bodies wait
-/// at the broker.
+/// The bodies in the lines of one destination take no more bytes than this, but for those that it takes within
+/// [`GREAT_WAIT`]: great bodies wait at the broker. Not sooner, for there each costs its bytes anew.
 pub const LINE_BYTES: usize = 32 << 20;
+const GREAT_WAIT: Duration = Duration::from_secs(30);
 
 /// One destination.
 pub type DestinationId = u64;
@@ -129,7 +130,13 @@ impl Entry {
     pub fn is_over(&self, jobs: usize, bytes: usize, now: Instant) -> bool {
         let waiting = self.lines.waiting() + jobs;
         let is_heavy = || self.lines.bytes().saturating_add(bytes) > LINE_BYTES;
-        waiting > self.longest(now) || (is_heavy() && waiting > self.needed(now).max(1))
+        waiting > self.longest(now) || (is_heavy() && waiting > self.worth_its_bytes(now))
+    }
+
+    /// How many jobs may wait however great they are.
+    pub fn worth_its_bytes(&self, now: Instant) -> usize {
+        let pace = self.window.pace_or(UNKNOWN_PACE, now);
+        ((GREAT_WAIT.as_secs_f64() / pace.as_secs_f64()) as usize).max(1)
     }
 
     /// How many jobs the destination takes within a time.

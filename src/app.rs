@@ -15,19 +15,22 @@ use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::control::{self, Announcer, Control, ControlRules};
 use crate::dead_letters::{self, Archivist, Releaser};
+use crate::delivery::admission::Connections;
 use crate::delivery::blame::Blames;
 use crate::delivery::database::DatabaseWatch;
 use crate::delivery::debts::Debts;
-use crate::delivery::dispatch::{DispatchLimits, Dispatcher};
+use crate::delivery::dispatch::Dispatcher;
 use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
 use crate::delivery::probing::Prober;
 use crate::delivery::quarantine::Quarantine;
 use crate::delivery::settle::Desk;
+use crate::delivery::weights::Weights;
 use crate::delivery::worker::{Limits, Worker};
 use crate::fault;
 use crate::http::{self, Part, Readiness};
 use crate::model::failure::Phase;
+use crate::model::lanes::Lane;
 use crate::model::parking::ParkingRules;
 use crate::model::policy::RetryLimits;
 use crate::parts;
@@ -177,11 +180,6 @@ impl Running {
             max_messages_per_connection: smtp.max_messages_per_connection,
             idle_timeout: smtp.idle_timeout,
         };
-        let limits = DispatchLimits {
-            sessions: settings.delivery.max_sessions as usize,
-            per_organization: smtp.max_connections_per_organization as usize,
-            platform: settings.platform.as_ref().map_or(1, |platform| platform.max_connections as usize),
-        };
         let keys = parts::key_ring(settings)?;
         Ok(Self {
             configs: SmtpConfigs::new(store.clone(), keys.clone()),
@@ -192,7 +190,7 @@ impl Running {
             shutdown: shutdown.clone(),
             clock: Clock::system(),
             pool: Pool::new(connector.clone(), pool_limits),
-            dispatcher: Dispatcher::new(limits),
+            dispatcher: Dispatcher::new(settings.delivery.max_sessions as usize),
             connector,
             broker: parts::broker(settings)?,
         })
@@ -254,7 +252,7 @@ impl Running {
         tasks.spawn(announcer.run());
         tasks.spawn(Prober::new(worker.clone(), self.connector.clone()).run());
         tasks.spawn(self.releaser(settings, &broker).run());
-        let lanes = serve_lanes(settings, &worker, &broker)?;
+        let lanes = serve_lanes(settings, &worker, &self.dispatcher, &broker)?;
 
         self.shutdown.stop_taking().await;
         tracing::info!("stopping: no new work is taken, sends in flight may finish");
@@ -304,7 +302,7 @@ impl Running {
             ledger,
             incarnations,
             configs,
-            dispatcher: self.dispatcher.clone(),
+            weights: Weights::default(),
             quarantine: Quarantine::default(),
             pool: self.pool.clone(),
             database,
@@ -315,6 +313,7 @@ impl Running {
                 retry,
                 attempt_timeout: settings.smtp.attempt_timeout,
                 custom_smtp: settings.delivery.custom_smtp,
+                connections: connections(settings),
             },
             clock: self.clock.clone(),
             shutdown: self.shutdown.clone(),
@@ -384,6 +383,13 @@ fn for_all(settings: &Settings) -> bool {
     settings.delivery.custom_smtp == CustomSmtp::All
 }
 
+fn connections(settings: &Settings) -> Connections {
+    Connections {
+        per_organization: settings.smtp.max_connections_per_organization as usize,
+        platform: settings.platform.as_ref().map_or(1, |platform| platform.max_connections as usize),
+    }
+}
+
 fn wire_limits(settings: &Settings) -> WireLimits {
     WireLimits {
         max_recipients: settings.limits.max_recipients,
@@ -395,13 +401,15 @@ fn wire_limits(settings: &Settings) -> WireLimits {
 fn serve_lanes(
     settings: &Settings,
     worker: &Arc<Worker>,
+    dispatcher: &Dispatcher,
     broker: &Broker,
 ) -> anyhow::Result<Vec<JoinHandle<()>>> {
-    let serve = |name: &str| {
-        let deliveries = broker.lane(name).context("a lane of the settings is one of the broker's")?;
-        Ok(tokio::spawn(lanes::serve(worker.clone(), ServedLane::new(name), deliveries)))
+    let serve = |lane: &Lane| {
+        let deliveries = broker.lane(&lane.name).context("a lane of the settings is one of the broker's")?;
+        let served = ServedLane::new(&lane.name, dispatcher.lane(lane.prefetch.into()));
+        Ok(tokio::spawn(lanes::serve(worker.clone(), served, deliveries)))
     };
-    settings.amqp.lanes.iter().map(|lane| serve(&lane.name)).collect()
+    settings.amqp.lanes.iter().map(serve).collect()
 }
 
 fn not_carried_out(code: &'static str) {

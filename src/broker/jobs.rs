@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::acks::Acks;
 use super::connection::BrokerError;
 use super::headers::{DeadLetter, JobHeaders, Received};
+use super::held::{Appetite, Held, HeldBytes};
 use super::link::{self, LinkReceiver, Live};
 use super::names::Names;
 use super::publisher::{PublishError, Publisher};
@@ -22,6 +23,8 @@ use super::topology;
 
 /// Handing the prefetched messages back when a consumer stops.
 const HAND_BACK_LIMIT: Duration = Duration::from_secs(5);
+/// The same where they may be a whole prefetch of great bodies that is still on its way.
+const GREAT_HAND_BACK_LIMIT: Duration = Duration::from_secs(20);
 
 /// Called with the lane's name (or `dead`) for every delivery that was dropped unsettled.
 pub type DropHook = Arc<dyn Fn(&str) + Send + Sync>;
@@ -70,6 +73,7 @@ impl Source {
 pub struct Delivery {
     received: Received,
     unsettled: Option<Unsettled>,
+    _held: HeldBytes,
 }
 
 struct Unsettled {
@@ -248,6 +252,7 @@ pub(super) struct Feed {
     /// Entered while acknowledgements wait to be sent.
     pub unsent: Arc<Consuming>,
     pub on_drop: DropHook,
+    pub held: Held,
 }
 
 /// How many consumers run at the moment.
@@ -286,6 +291,16 @@ impl Drop for ConsumingGuard {
     }
 }
 
+/// How a consumer has ended.
+enum Ended {
+    /// By itself, or because consuming pauses.
+    Lost,
+    /// It is to go on with another prefetch.
+    ToBeginAnew,
+    /// Nobody takes its deliveries any more.
+    Unwanted,
+}
+
 impl Feed {
     /// Starts the feed.
     pub fn spawn(self) -> Deliveries {
@@ -297,6 +312,7 @@ impl Feed {
 
     async fn run(mut self, out: mpsc::Sender<Delivery>) {
         let mut pauses = link::pauses();
+        let mut appetite = Appetite::new(self.prefetch);
         loop {
             if !wait_for_consume(&mut self.intent).await {
                 return;
@@ -304,14 +320,18 @@ impl Feed {
             let mut intent = self.intent.clone();
             let live = tokio::select! {
                 _ = intent.wait_for(|intent| *intent != Intent::Consume) => continue,
-                live = link::up(&mut self.link) => match live { Some(live) => live, None => return },
+                live = async { self.held.room().await; link::up(&mut self.link).await } => {
+                    match live { Some(live) => live, None => return }
+                }
             };
             let _consuming = self.consuming.enter();
-            match self.start(live.clone()).await {
+            match self.start(live.clone(), appetite.prefetch()).await {
                 Ok((session, consumer)) => {
                     pauses = link::pauses();
-                    if !self.pump(session, consumer, &out).await {
-                        return;
+                    match self.pump(session, consumer, &out, &mut appetite).await {
+                        Ended::Lost => {}
+                        Ended::ToBeginAnew => continue,
+                        Ended::Unwanted => return,
                     }
                 }
                 Err(error) => self.complain(&live, &error).await,
@@ -324,10 +344,10 @@ impl Feed {
         }
     }
 
-    async fn start(&self, live: Arc<Live>) -> Result<(Arc<Session>, Consumer), BrokerError> {
+    async fn start(&self, live: Arc<Live>, prefetch: u16) -> Result<(Arc<Session>, Consumer), BrokerError> {
         let queue = self.source.queue(&self.names);
-        let (channel, consumer) = consume(&live, &queue, self.prefetch).await?;
-        let acks = Acks::new(self.prefetch, self.unsent.clone());
+        let (channel, consumer) = consume(&live, &queue, prefetch).await?;
+        let acks = Acks::new(prefetch, self.unsent.clone());
         tokio::spawn(acks.clone().send(live.clone(), channel.clone()));
         let session = Session {
             live,
@@ -351,35 +371,36 @@ impl Feed {
         }
     }
 
-    /// Passes deliveries on until the consumer ends or is no longer wanted; false when nobody takes them any more.
+    /// Passes deliveries on until the consumer ends, is no longer wanted, or has another prefetch than their bodies allow.
     async fn pump(
         &mut self,
         session: Arc<Session>,
         mut consumer: Consumer,
         out: &mpsc::Sender<Delivery>,
-    ) -> bool {
+        appetite: &mut Appetite,
+    ) -> Ended {
         loop {
             let room = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
-                    hand_back(&session, consumer).await;
-                    return true;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
+                    return Ended::Lost;
                 }
                 room = out.reserve() => room,
             };
             let Ok(room) = room else {
-                hand_back(&session, consumer).await;
-                return false;
+                hand_back(&session, consumer, HAND_BACK_LIMIT).await;
+                return Ended::Unwanted;
             };
             let next = tokio::select! {
                 biased;
                 () = unwanted(&mut self.intent) => {
-                    hand_back(&session, consumer).await;
-                    return true;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
+                    return Ended::Lost;
                 }
                 () = out.closed() => {
-                    hand_back(&session, consumer).await;
-                    return false;
+                    hand_back(&session, consumer, HAND_BACK_LIMIT).await;
+                    return Ended::Unwanted;
                 }
                 next = session.live.while_up(consumer.next()) => next.flatten(),
             };
@@ -389,10 +410,17 @@ impl Feed {
                     let (acker, tag) = (delivery.acker, delivery.delivery_tag);
                     session.acks.delivered(tag);
                     let unsettled = Unsettled { acker, tag, session: session.clone() };
-                    room.send(Delivery { received, unsettled: Some(unsettled) });
+                    let held = self.held.take(received.body.len());
+                    let is_to_begin_anew = appetite.is_wrong_after(received.body.len(), &self.held);
+                    room.send(Delivery { received, unsettled: Some(unsettled), _held: held });
+                    if is_to_begin_anew {
+                        // What else is on its way goes back as soon as it is read.
+                        hand_back(&session, consumer, GREAT_HAND_BACK_LIMIT).await;
+                        return Ended::ToBeginAnew;
+                    }
                 }
                 Some(Ok(_lost)) => {}
-                Some(Err(_)) | None => return true,
+                Some(Err(_)) | None => return Ended::Lost,
             }
         }
     }
@@ -434,7 +462,7 @@ pub(super) async fn unwanted(intent: &mut watch::Receiver<Intent>) {
 }
 
 /// Cancels a consumer and sends back what it had prefetched and nobody has seen.
-async fn hand_back(session: &Session, mut consumer: Consumer) {
+async fn hand_back(session: &Session, mut consumer: Consumer, limit: Duration) {
     let work = async {
         let tag = consumer.tag();
         if session.channel.basic_cancel(tag, BasicCancelOptions::default()).await.is_err() {
@@ -447,7 +475,7 @@ async fn hand_back(session: &Session, mut consumer: Consumer) {
             let _requeued = session.live.while_up(delivery.acker.nack(options)).await;
         }
     };
-    if tokio::time::timeout(HAND_BACK_LIMIT, work).await.is_err() {
+    if tokio::time::timeout(limit, work).await.is_err() {
         tracing::warn!(lane = session.label, "prefetched messages go back only when their channel closes");
     }
 }

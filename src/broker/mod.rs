@@ -7,6 +7,7 @@ mod connection;
 mod control;
 mod expiry;
 mod headers;
+mod held;
 mod jobs;
 mod link;
 mod names;

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::connection::Access;
 use super::control::{self, CommandMeta, RefusalHook};
+use super::held::Held;
 use super::jobs::{Consuming, Deliveries, DropHook, Feed, Intent, Source};
 use super::link::{BrokerState, Link, LinkReceiver, Live, Role};
 use super::names::Names;
@@ -57,6 +58,7 @@ pub struct Broker {
     closing: watch::Sender<bool>,
     links: Vec<JoinHandle<()>>,
     on_drop: DropHook,
+    held: Held,
 }
 
 impl Broker {
@@ -93,6 +95,7 @@ impl Broker {
             closing,
             links: vec![consuming_task, publishing_task],
             on_drop,
+            held: Held::default(),
         }
     }
 
@@ -156,6 +159,7 @@ impl Broker {
             consuming: self.consuming.clone(),
             unsent: self.unsent.clone(),
             on_drop: self.on_drop.clone(),
+            held: self.held.clone(),
         };
         feed.spawn()
     }

@@ -25,8 +25,14 @@ pub struct Window {
     in_flight: usize,
     /// Successes since the window last grew.
     successes: usize,
-    /// When a success last showed that the destination works; its creation counts as one.
-    last_success: Instant,
+    /// Since when it has been tried without a success; `None` while there is nothing to doubt.
+    tried_since: Option<Instant>,
+    /// Whether something has failed since the last success.
+    has_failed: bool,
+    /// When it was last used.
+    used: Instant,
+    /// Since when nothing has ended although something is under way.
+    silent_since: Option<Instant>,
     failures_in_a_row: u32,
     breaker: Breaker,
     /// Smoothed seconds that an attempt takes; unknown until the first one has ended.
@@ -59,7 +65,10 @@ impl Window {
             ceiling: ceiling.max(1),
             in_flight: 0,
             successes: 0,
-            last_success: now,
+            tried_since: None,
+            has_failed: false,
+            used: now,
+            silent_since: None,
             failures_in_a_row: 0,
             breaker: Breaker::Closed,
             attempt_s: None,
@@ -80,7 +89,22 @@ impl Window {
             return Admission::Wait;
         }
         self.in_flight += 1;
+        self.used = now;
+        self.tried_since.get_or_insert(now);
+        self.silent_since.get_or_insert(now);
         Admission::Granted
+    }
+
+    /// Whether [`Window::start`] would start an attempt.
+    pub fn has_room(&self, now: Instant) -> bool {
+        let asked_already = matches!(self.breaker, Breaker::Probing { .. }) && self.in_flight > 0;
+        self.open_for(now).is_none() && !asked_already && self.in_flight < self.size
+    }
+
+    /// A ceiling that is lower than the last one narrows the window at once; a higher one lets it grow. At least 1.
+    pub fn limit(&mut self, ceiling: usize) {
+        self.ceiling = ceiling.max(1);
+        self.size = self.size.min(self.ceiling);
     }
 
     /// For how long the breaker will still refuse; `None` when it does not.
@@ -94,9 +118,15 @@ impl Window {
     /// Ends an attempt with what it says about the destination.
     pub fn finish(&mut self, result: Outcome, took: Duration, now: Instant) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        if result != Outcome::Nothing {
-            let took_s = took.as_secs_f64();
-            self.attempt_s = Some(self.attempt_s.map_or(took_s, |known| 0.8 * known + 0.2 * took_s));
+        self.used = now;
+        self.silent_since = (self.in_flight > 0).then_some(now);
+        self.learn_pace(result, took.as_secs_f64());
+        match result {
+            Outcome::Worked | Outcome::Nothing => {}
+            Outcome::Refused | Outcome::Failed(_) => self.has_failed = true,
+        }
+        if self.in_flight == 0 && !self.has_failed {
+            self.tried_since = None;
         }
         match result {
             Outcome::Worked => self.succeed(now),
@@ -120,8 +150,19 @@ impl Window {
         }
     }
 
+    /// A connection that is refused takes no time, and tells nothing of the time that a message takes.
+    fn learn_pace(&mut self, result: Outcome, took_s: f64) {
+        self.attempt_s = match (result, self.attempt_s) {
+            (Outcome::Nothing, known) => known,
+            (_, None) => Some(took_s),
+            (Outcome::Failed(Feedback::Unreachable), Some(known)) => Some(known.max(took_s)),
+            (_, Some(known)) => Some(0.8 * known + 0.2 * took_s),
+        };
+    }
+
     fn succeed(&mut self, now: Instant) {
-        self.last_success = now;
+        self.has_failed = false;
+        self.tried_since = (self.in_flight > 0).then_some(now);
         self.failures_in_a_row = 0;
         self.breaker = Breaker::Closed;
         self.successes += 1;
@@ -153,20 +194,40 @@ impl Window {
         self.in_flight
     }
 
-    /// Whether nothing has worked here for a while.
-    pub fn is_stalled(&self, now: Instant) -> bool {
-        now.duration_since(self.last_success) > STALLED_AFTER
+    /// Attempts allowed at once.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
-    /// Time from one end of an attempt to the next while jobs are waiting, by the attempts so far; `None` before the first.
-    pub fn pace(&self) -> Option<Duration> {
-        self.attempt_s
-            .map(|attempt_s| Duration::from_secs_f64((attempt_s / self.size as f64).clamp(0.000_1, 60.0)))
+    /// Whether it has been tried for a while and nothing has worked. One that nobody used meanwhile is not.
+    pub fn is_stalled(&self, now: Instant) -> bool {
+        self.tried_since.is_some_and(|since| now.duration_since(since) > STALLED_AFTER)
+    }
+
+    /// Time from one end of an attempt to the next while jobs are waiting; `None` before the first has ended. Attempts that take
+    /// longer than those before them count for as long as they have taken: a server that falls silent is slow at once.
+    pub fn pace(&self, now: Instant) -> Option<Duration> {
+        self.attempt_s.map(|attempt_s| self.pace_of(attempt_s.max(self.silence_s(now))))
+    }
+
+    /// The same; where nothing is known it is `assumed`, or as slow as the first attempts have shown.
+    pub fn pace_or(&self, assumed: Duration, now: Instant) -> Duration {
+        self.pace(now).unwrap_or_else(|| assumed.max(self.pace_of(self.silence_s(now))))
+    }
+
+    fn silence_s(&self, now: Instant) -> f64 {
+        self.silent_since.map_or(0.0, |since| now.saturating_duration_since(since).as_secs_f64())
+    }
+
+    fn pace_of(&self, attempt_s: f64) -> Duration {
+        Duration::from_secs_f64((attempt_s / self.size as f64).clamp(0.000_1, 60.0))
     }
 
     /// Whether nothing would be lost by forgetting this destination.
     pub fn is_idle(&self, now: Instant) -> bool {
-        self.in_flight == 0 && self.breaker == Breaker::Closed && self.is_stalled(now)
+        let unused = now.duration_since(self.used);
+        let long = if self.has_failed { BREAKER_LONGEST_PAUSE } else { STALLED_AFTER };
+        self.in_flight == 0 && self.open_for(now).is_none() && unused > long
     }
 }
 
@@ -219,6 +280,29 @@ mod tests {
         assert_eq!(window.size, 2);
         (0..20).for_each(|_| worked(&mut window, now));
         assert_eq!(window.size, 4);
+    }
+
+    #[test]
+    fn a_permit_that_was_not_used_raises_no_doubt() {
+        let mut now = Instant::now();
+        let mut window = Window::new(4, now);
+        assert_eq!(window.start(now), Admission::Granted);
+        window.finish(Outcome::Nothing, TOOK, now);
+        now += STALLED_AFTER * 2;
+        assert!(!window.is_stalled(now));
+        assert_eq!(window.start(now), Admission::Granted);
+        window.finish(Outcome::Failed(Feedback::Narrow), TOOK, now);
+        assert!(window.is_stalled(now + STALLED_AFTER * 2));
+    }
+
+    #[test]
+    fn a_server_that_falls_silent_is_slow_at_once() {
+        let now = Instant::now();
+        let mut window = Window::new(1, now);
+        worked(&mut window, now);
+        assert_eq!(window.pace(now), Some(TOOK));
+        assert_eq!(window.start(now), Admission::Granted);
+        assert_eq!(window.pace(now + Duration::from_secs(9)), Some(Duration::from_secs(9)));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::broker::{JobHeaders, Received};
 use crate::model::policy::FAULT_LIMIT;
 use crate::telemetry::{self, LaneMetrics, Outcome};
 
+use super::dispatch::DispatchLane;
 use super::trail::Trail;
 
 /// A lane as the worker serves it.
@@ -18,12 +19,14 @@ pub struct ServedLane {
     pub name: Arc<str>,
     /// Its counters.
     pub metrics: LaneMetrics,
+    /// Its deliveries' slots at the dispatcher.
+    pub queue: DispatchLane,
 }
 
 impl ServedLane {
     /// The lane of that name.
-    pub fn new(name: &str) -> Self {
-        Self { name: name.into(), metrics: telemetry::lane(name) }
+    pub fn new(name: &str, queue: DispatchLane) -> Self {
+        Self { name: name.into(), metrics: telemetry::lane(name), queue }
     }
 }
 

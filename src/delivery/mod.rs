@@ -1,6 +1,7 @@
 //! The core: one delivery's way from the lane to its outcome.
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
+pub mod admission;
 pub mod attempt;
 pub mod blame;
 mod conclude;
@@ -8,6 +9,7 @@ pub mod database;
 pub mod debts;
 pub mod destination;
 pub mod dispatch;
+pub mod fairness;
 mod gatekeeping;
 pub mod in_hand;
 pub mod lanes;
@@ -17,4 +19,5 @@ mod recovery;
 pub mod route;
 pub mod settle;
 pub mod trail;
+pub mod weights;
 pub mod worker;

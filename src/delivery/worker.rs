@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::sync::Notify;
 
 use crate::broker::Delivery;
-use crate::broker::wire::{self, Refusal, WireLimits};
+use crate::broker::wire::WireLimits;
 use crate::clock::Clock;
 use crate::fault::{self, Place};
 use crate::model::cancelling;
@@ -27,18 +27,20 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
+use super::admission::{Connections, heavily};
 use super::attempt::{self, Progress, Report, Shut};
 use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
-use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::dispatch::{Admitted, Permit, Slot};
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
 use super::route::{self, NoServer, Route};
 use super::settle::Desk;
 use super::trail::{Stage, Trail};
+use super::weights::Weights;
 
 /// A job whose configuration changes at every look is put aside after so many.
 const ROUTE_LOOKS: usize = 3;
@@ -51,9 +53,6 @@ const CROWDED_WAIT_S: u32 = 120;
 /// Wait of a job that the database refused to look at, in seconds.
 const REFUSED_WAIT_S: u32 = 30;
 
-/// A job of so many bytes is read and composed where it holds nobody up: the locks and heartbeats of the worker share its
-/// threads.
-const HEAVY_BYTES: usize = 256 << 10;
 /// What is said of a panic.
 pub(super) const OWN_FAULT: &str = "the worker had a fault of its own";
 
@@ -68,6 +67,8 @@ pub struct Limits {
     pub attempt_timeout: Duration,
     /// Who may use a server of its own.
     pub custom_smtp: CustomSmtp,
+    /// Connections to one server.
+    pub connections: Connections,
 }
 
 /// Everything a delivery meets on its way.
@@ -80,8 +81,8 @@ pub struct Worker {
     pub configs: ConfigCache,
     /// What is held against them.
     pub blames: Blames,
-    /// Who may start.
-    pub dispatcher: Dispatcher,
+    /// Room for great jobs.
+    pub weights: Weights,
     /// Who may work at the same time.
     pub quarantine: Quarantine,
     /// SMTP sessions.
@@ -127,31 +128,34 @@ enum TakeUp<'a> {
 impl Worker {
     /// Brings one delivery to its end.
     pub async fn handle(&self, delivery: Delivery, lane: &ServedLane) {
+        let slot = lane.queue.take();
         let trail = Trail::default();
         let delivery = InHand::new(delivery, lane, &trail);
-        if AssertUnwindSafe(self.deliver(delivery)).catch_unwind().await.is_err() {
+        if AssertUnwindSafe(self.deliver(delivery, &slot)).catch_unwind().await.is_err() {
             Box::pin(self.recover(lane, &trail)).await;
         }
     }
 
     /// The ways that follow each other are boxed: a task is as large as the largest of them, and a prefetch of tasks waits.
-    async fn deliver(&self, delivery: InHand<'_>) {
+    async fn deliver(&self, delivery: InHand<'_>, slot: &Slot) {
+        let bytes = delivery.received().body.len();
         let job = {
+            let _turn = self.weights.copy(bytes).await;
             let _room = self.quarantine.shared().await;
             fault::strike(Place::Parse, &delivery.received().body);
-            match self.read(&delivery) {
+            match self.read_to_wait(&delivery) {
                 Ok(job) => job,
                 Err(refusal) => return Box::pin(self.desk.refuse(delivery, refusal)).await,
             }
         };
         delivery.trail().is_job(&job.key);
-        let mut taken = self.take_up(&delivery, &job, None).await;
+        let mut taken = self.take_up(&delivery, &job, slot, None).await;
         let turn = match taken {
             Ok(TakeUp::Suspect(crashes)) => self.turn(crashes).await,
             _ => None,
         };
         if turn.is_some() {
-            taken = self.take_up(&delivery, &job, turn.as_ref()).await;
+            taken = self.take_up(&delivery, &job, slot, turn.as_ref()).await;
         }
         match taken {
             Ok(TakeUp::Work(claimed, route, permit, _room)) => {
@@ -169,7 +173,10 @@ impl Worker {
             Ok(TakeUp::Suspect(_)) => Box::pin(self.desk.put_aside(delivery, HELD_WAIT_S)).await,
             Ok(TakeUp::Conflict) => Box::pin(self.desk.conflict(delivery, &job)).await,
             Ok(TakeUp::Duplicate) => Box::pin(self.desk.duplicate(delivery, &job)).await,
-            Ok(TakeUp::Aside(delay_s)) => Box::pin(self.desk.put_aside(delivery, delay_s)).await,
+            Ok(TakeUp::Aside(delay_s)) => {
+                let _turn = self.weights.copy(bytes).await;
+                Box::pin(self.desk.put_aside(delivery, delay_s)).await;
+            }
             Ok(TakeUp::HandBack) => Box::pin(self.desk.hand_back(delivery)).await,
             Ok(TakeUp::Repeat(hand_over)) => Box::pin(self.desk.repeat(delivery, &job, hand_over)).await,
             Err(error) => Box::pin(self.without_database(delivery, &job, &error)).await,
@@ -183,12 +190,6 @@ impl Worker {
             () = self.shutdown.stop_taking() => None,
             turn = self.quarantine.turn(crashes) => turn,
         }
-    }
-
-    /// The body as a job.
-    pub(super) fn read(&self, delivery: &InHand<'_>) -> Result<Job, Refusal> {
-        let body = &delivery.received().body;
-        heavily(body.len(), || wire::parse_job(body, &self.limits.wire))
     }
 
     pub(super) async fn without_database(&self, delivery: InHand<'_>, job: &Job, error: &StoreError) {
@@ -214,6 +215,7 @@ impl Worker {
         &'a self,
         delivery: &InHand<'_>,
         job: &Job,
+        slot: &Slot,
         turn: Option<&Turn<'_>>,
     ) -> Result<TakeUp<'a>, StoreError> {
         fault::strike(Place::TakeUp, &delivery.received().body);
@@ -226,7 +228,7 @@ impl Worker {
                     self.key_missing.notify_one();
                     return Ok(TakeUp::Aside(REFUSED_WAIT_S));
                 }
-                Ok(route) if in_time => match self.admit(delivery, job, route).await {
+                Ok(route) if in_time => match self.admit(delivery, job, route, slot).await {
                     Some(Admitted::Go(permit)) => Some(permit),
                     Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
                     None => return Ok(TakeUp::HandBack),
@@ -306,16 +308,6 @@ impl Worker {
             return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
         }
         self.route(job).await
-    }
-
-    /// `None` when the worker stops meanwhile.
-    async fn admit(&self, delivery: &InHand<'_>, job: &Job, route: &Route) -> Option<Admitted> {
-        let key = LineKey { organization: job.key.organization.clone(), lane: delivery.lane().name.clone() };
-        tokio::select! {
-            biased;
-            () = self.shutdown.stop_taking() => None,
-            admitted = self.dispatcher.admit(&route.destination, key) => Some(admitted),
-        }
     }
 
     async fn claim(
@@ -423,6 +415,11 @@ impl Worker {
         let max_bytes = self.limits.wire.max_message_bytes;
         // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
         let date = claimed.counted_from();
+        if let Err(refusal) = self.read_to_send(&delivery, &mut job) {
+            drop(permit);
+            let detail = refusal.detail;
+            return self.desk.give_up(delivery, &job, claimed, Reason::Malformed, detail).await;
+        }
         let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
         let message = match heavily(bytes, composing) {
@@ -482,11 +479,6 @@ impl Worker {
         }
         report
     }
-}
-
-/// Does work that takes its time with so many bytes.
-pub(super) fn heavily<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
-    if bytes < HEAVY_BYTES { work() } else { tokio::task::block_in_place(work) }
 }
 
 /// RFC 5322 section 3.6.4: the job's id at the domain of its first attempt's From.

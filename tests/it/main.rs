@@ -17,6 +17,7 @@ mod crashes;
 mod dead_cli;
 mod delivery;
 mod documents;
+mod fairness;
 mod forgetting;
 mod health;
 mod hostile;

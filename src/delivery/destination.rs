@@ -66,6 +66,12 @@ impl Window {
         }
     }
 
+    /// From here on it is no larger than this, which is at least 1; attempts under way go on.
+    pub fn bound(&mut self, ceiling: usize) {
+        self.ceiling = ceiling.max(1);
+        self.size = self.size.min(self.ceiling);
+    }
+
     /// Starts an attempt if one may start.
     pub fn start(&mut self, now: Instant) -> Admission {
         if let Some(pause) = self.open_for(now) {
@@ -219,6 +225,19 @@ mod tests {
         assert_eq!(window.size, 2);
         (0..20).for_each(|_| worked(&mut window, now));
         assert_eq!(window.size, 4);
+    }
+
+    #[test]
+    fn a_window_follows_its_ceiling() {
+        let now = Instant::now();
+        let mut window = Window::new(4, now);
+        (0..20).for_each(|_| worked(&mut window, now));
+        window.bound(1);
+        assert_eq!([window.start(now), window.start(now)], [Admission::Granted, Admission::Wait]);
+        window.finish(Outcome::Worked, TOOK, now);
+        window.bound(3);
+        (0..20).for_each(|_| worked(&mut window, now));
+        assert_eq!(window.size, 3);
     }
 
     #[test]

@@ -31,10 +31,6 @@ const DESTINATIONS_KEPT: usize = 4096;
 pub struct DispatchLimits {
     /// `delivery.max_sessions`.
     pub sessions: usize,
-    /// `smtp.max_connections_per_organization`.
-    pub per_organization: usize,
-    /// `platform.max_connections`.
-    pub platform: usize,
 }
 
 /// Decides who may start; cheap to clone.
@@ -138,9 +134,10 @@ impl Dispatcher {
         Self { shared: Arc::new(Shared { limits, state: Mutex::default() }) }
     }
 
-    /// Asks to start an attempt; waits in line for at most a minute.
-    pub async fn admit(&self, destination: &Destination, key: LineKey) -> Admitted {
-        let mut waiter = match self.enter(destination, key) {
+    /// Asks to start an attempt; waits in line for at most a minute. `ceiling`: the largest size of the destination's window as
+    /// of now.
+    pub async fn admit(&self, destination: &Destination, key: LineKey, ceiling: usize) -> Admitted {
+        let mut waiter = match self.enter(destination, key, ceiling) {
             Entered::Granted(permit) => return Admitted::Go(permit),
             Entered::Aside(delay_s) => return Admitted::PutAside(delay_s),
             Entered::Waiting(waiter) => waiter,
@@ -183,15 +180,12 @@ impl Dispatcher {
         (state.waiting, state.in_flight)
     }
 
-    fn enter(&self, destination: &Destination, key: LineKey) -> Entered {
+    fn enter(&self, destination: &Destination, key: LineKey, ceiling: usize) -> Entered {
         let now = Instant::now();
         let mut state = self.shared.lock();
         state.forget_idle(now);
-        let ceiling = match destination {
-            Destination::Organization { .. } => self.shared.limits.per_organization,
-            Destination::Platform => self.shared.limits.platform,
-        };
         let entry = state.destinations.entry(destination.clone()).or_insert_with(|| Entry::new(ceiling, now));
+        entry.window.bound(ceiling);
         let gone = entry.drop_gone(now);
         let nobody_waits = entry.waiting == 0;
         state.waiting -= gone;

@@ -13,12 +13,15 @@ fn line(organization: &str, lane: &str) -> LineKey {
     LineKey { organization: OrganizationId::parse(organization).ok(), lane: lane.into() }
 }
 
-fn dispatcher(sessions: usize, per_organization: usize) -> Dispatcher {
-    Dispatcher::new(DispatchLimits { sessions, per_organization, platform: per_organization })
+/// Every window's ceiling.
+const ONE: usize = 1;
+
+fn dispatcher(sessions: usize) -> Dispatcher {
+    Dispatcher::new(DispatchLimits { sessions })
 }
 
 async fn go(dispatcher: &Dispatcher, destination: &Destination, key: LineKey) -> Permit {
-    match dispatcher.admit(destination, key).await {
+    match dispatcher.admit(destination, key, ONE).await {
         Admitted::Go(permit) => permit,
         Admitted::PutAside(delay_s) => panic!("put aside for {delay_s} s"),
     }
@@ -26,7 +29,7 @@ async fn go(dispatcher: &Dispatcher, destination: &Destination, key: LineKey) ->
 
 #[tokio::test]
 async fn a_permit_comes_back_from_a_task_that_panics() {
-    let dispatcher = dispatcher(1, 1);
+    let dispatcher = dispatcher(1);
     let to = organization("acme");
     let permit = go(&dispatcher, &to, line("acme", "n")).await;
     let task = tokio::spawn(async move {
@@ -45,7 +48,7 @@ type Waiting = std::pin::Pin<Box<dyn Future<Output = Admitted>>>;
 fn waiting(dispatcher: &Dispatcher, to: &Destination, count: usize) -> Vec<Waiting> {
     let one = |_| {
         let (dispatcher, to) = (dispatcher.clone(), to.clone());
-        let mut waiter: Waiting = Box::pin(async move { dispatcher.admit(&to, line("x", "n")).await });
+        let mut waiter: Waiting = Box::pin(async move { dispatcher.admit(&to, line("x", "n"), ONE).await });
         assert!(waiter.as_mut().now_or_never().is_none());
         waiter
     };
@@ -54,13 +57,15 @@ fn waiting(dispatcher: &Dispatcher, to: &Destination, count: usize) -> Vec<Waiti
 
 #[tokio::test(start_paused = true)]
 async fn the_line_of_a_server_that_does_not_answer_becomes_short_and_others_go_on() {
-    let dispatcher = dispatcher(10, 1);
+    let dispatcher = dispatcher(10);
     let slow = organization("slow");
     let held = go(&dispatcher, &slow, line("slow", "n")).await;
     let (ended, mut aside) = tokio::sync::mpsc::unbounded_channel();
     for _ in 0..300 {
         let (dispatcher, slow, ended) = (dispatcher.clone(), slow.clone(), ended.clone());
-        tokio::spawn(async move { ended.send(dispatcher.admit(&slow, line("slow", "n")).await).unwrap() });
+        tokio::spawn(
+            async move { ended.send(dispatcher.admit(&slow, line("slow", "n"), ONE).await).unwrap() },
+        );
     }
     while dispatcher.counts().0 < 300 {
         tokio::task::yield_now().await;
@@ -76,7 +81,7 @@ async fn the_line_of_a_server_that_does_not_answer_becomes_short_and_others_go_o
 
 #[tokio::test]
 async fn a_thousand_jobs_for_a_quick_server_wait_in_its_line() {
-    let dispatcher = dispatcher(10, 1);
+    let dispatcher = dispatcher(10);
     let quick = organization("quick");
     go(&dispatcher, &quick, line("quick", "n")).await.finish(Outcome::Worked);
     let held = go(&dispatcher, &quick, line("quick", "n")).await;
@@ -90,7 +95,7 @@ async fn a_thousand_jobs_for_a_quick_server_wait_in_its_line() {
 
 #[tokio::test]
 async fn lines_of_one_destination_are_served_in_turn() {
-    let dispatcher = dispatcher(10, 1);
+    let dispatcher = dispatcher(10);
     let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
     let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
     let mut tasks = Vec::new();
@@ -112,10 +117,10 @@ async fn lines_of_one_destination_are_served_in_turn() {
 
 #[tokio::test]
 async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free_one() {
-    let dispatcher = dispatcher(1, 1);
+    let dispatcher = dispatcher(1);
     let held = go(&dispatcher, &organization("a"), line("a", "n")).await;
     let other = organization("b");
-    let mut waiter = Box::pin(dispatcher.admit(&other, line("b", "n")));
+    let mut waiter = Box::pin(dispatcher.admit(&other, line("b", "n"), ONE));
     assert!(futures_util::poll!(&mut waiter).is_pending());
     drop(held);
     assert!(matches!(waiter.await, Admitted::Go(_)));
@@ -123,7 +128,7 @@ async fn a_destination_that_waits_for_a_session_of_the_worker_gets_the_next_free
 
 #[tokio::test]
 async fn destinations_that_wait_for_a_session_of_the_worker_take_turns() {
-    let dispatcher = dispatcher(1, 1);
+    let dispatcher = dispatcher(1);
     let held = go(&dispatcher, &organization("flood"), line("flood", "n")).await;
     let (served, mut order) = tokio::sync::mpsc::unbounded_channel();
     let mut tasks = Vec::new();
@@ -146,11 +151,11 @@ async fn destinations_that_wait_for_a_session_of_the_worker_take_turns() {
 
 #[tokio::test(start_paused = true)]
 async fn a_full_line_makes_room_for_who_has_less_in_it() {
-    let dispatcher = dispatcher(10, 1);
+    let dispatcher = dispatcher(10);
     let held = go(&dispatcher, &Destination::Platform, line("flood", "n")).await;
     let wait = |name: &'static str, lane: &'static str| {
         let dispatcher = dispatcher.clone();
-        Box::pin(async move { dispatcher.admit(&Destination::Platform, line(name, lane)).await })
+        Box::pin(async move { dispatcher.admit(&Destination::Platform, line(name, lane), ONE).await })
     };
     let mut flood: Vec<_> = (0..SHORT_LINE).map(|_| wait("flood", "n")).collect();
     for waiter in &mut flood {
@@ -169,28 +174,28 @@ async fn a_full_line_makes_room_for_who_has_less_in_it() {
 
 #[tokio::test(start_paused = true)]
 async fn nobody_waits_longer_than_a_minute() {
-    let dispatcher = dispatcher(1, 1);
+    let dispatcher = dispatcher(1);
     let to = organization("a");
     let held = go(&dispatcher, &to, line("a", "n")).await;
-    assert!(matches!(dispatcher.admit(&to, line("a", "n")).await, Admitted::PutAside(_)));
+    assert!(matches!(dispatcher.admit(&to, line("a", "n"), ONE).await, Admitted::PutAside(_)));
     drop(held);
     assert!(
-        matches!(dispatcher.admit(&to, line("a", "n")).await, Admitted::Go(_)),
+        matches!(dispatcher.admit(&to, line("a", "n"), ONE).await, Admitted::Go(_)),
         "the one that left blocks nobody"
     );
 }
 
 #[tokio::test]
 async fn an_open_breaker_puts_the_whole_line_aside() {
-    let dispatcher = dispatcher(10, 1);
+    let dispatcher = dispatcher(10);
     let to = organization("gone");
     for _ in 0..4 {
         go(&dispatcher, &to, line("gone", "n")).await.finish(Outcome::Failed(Feedback::Unreachable));
     }
     let last = go(&dispatcher, &to, line("gone", "n")).await;
-    let mut waiter = Box::pin(dispatcher.admit(&to, line("gone", "n")));
+    let mut waiter = Box::pin(dispatcher.admit(&to, line("gone", "n"), ONE));
     assert!(futures_util::poll!(&mut waiter).is_pending());
     last.finish(Outcome::Failed(Feedback::Unreachable));
     assert!(matches!(waiter.await, Admitted::PutAside(5)));
-    assert!(matches!(dispatcher.admit(&to, line("gone", "n")).await, Admitted::PutAside(5)));
+    assert!(matches!(dispatcher.admit(&to, line("gone", "n"), ONE).await, Admitted::PutAside(5)));
 }

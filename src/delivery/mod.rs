@@ -1,6 +1,8 @@
 //! The core: one delivery's way from the lane to its outcome.
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
+mod admission;
+mod aside;
 pub mod attempt;
 pub mod blame;
 mod conclude;
@@ -13,6 +15,8 @@ pub mod in_hand;
 pub mod lanes;
 pub mod probing;
 pub mod quarantine;
+mod rate;
+pub mod rates;
 mod recovery;
 pub mod route;
 pub mod settle;

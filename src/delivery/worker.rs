@@ -19,7 +19,6 @@ use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
-use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
 use crate::smtp::Pool;
@@ -27,16 +26,18 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
+use super::admission::{Start, Started};
 use super::attempt::{self, Progress, Report, Shut};
 use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
-use super::dispatch::{Admitted, Dispatcher, LineKey, Permit};
+use super::dispatch::Dispatcher;
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
-use super::route::{self, NoServer, Route};
+use super::rates::{Allowance, Rates};
+use super::route::{self, NoServer, PlatformServer, Route};
 use super::settle::Desk;
 use super::trail::{Stage, Trail};
 
@@ -68,6 +69,10 @@ pub struct Limits {
     pub attempt_timeout: Duration,
     /// Who may use a server of its own.
     pub custom_smtp: CustomSmtp,
+    /// Ceiling of an organization's window: `smtp.max_connections_per_organization`.
+    pub organization_connections: usize,
+    /// Ceiling of the platform's: `platform.max_connections`.
+    pub platform_connections: usize,
 }
 
 /// Everything a delivery meets on its way.
@@ -82,6 +87,8 @@ pub struct Worker {
     pub blames: Blames,
     /// Who may start.
     pub dispatcher: Dispatcher,
+    /// What providers allow.
+    pub rates: Rates,
     /// Who may work at the same time.
     pub quarantine: Quarantine,
     /// SMTP sessions.
@@ -93,7 +100,7 @@ pub struct Worker {
     /// Told when a configuration is sealed under a key that the ring lacks: the worker is then not ready.
     pub key_missing: Arc<Notify>,
     /// The platform's own server.
-    pub platform: Option<Arc<SmtpAccount>>,
+    pub platform: Option<PlatformServer>,
     /// Settings.
     pub limits: Limits,
     /// Time.
@@ -105,7 +112,7 @@ pub struct Worker {
 /// What is to be done with a delivery.
 enum TakeUp<'a> {
     /// Send it.
-    Work(Box<Claimed>, Route, Permit, Room<'a>),
+    Work(Box<Claimed>, Route, Started, Room<'a>),
     /// It is claimed, but will not be attempted.
     GiveUp(Box<Claimed>, Reason, String, Room<'a>),
     /// It is claimed, and its organization's configuration fails.
@@ -153,9 +160,9 @@ impl Worker {
             taken = self.take_up(&delivery, &job, turn.as_ref()).await;
         }
         match taken {
-            Ok(TakeUp::Work(claimed, route, permit, _room)) => {
+            Ok(TakeUp::Work(claimed, route, started, _room)) => {
                 let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
-                self.work(delivery, job, *claimed, route, permit, limit).await;
+                self.work(delivery, job, *claimed, route, started, limit).await;
             }
             Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
                 claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
@@ -220,15 +227,15 @@ impl Worker {
             let routed = self.route(job).await?;
             let now = self.clock.now();
             let in_time = !self.is_overdue(delivery) && !job.is_expired(now);
-            let permit = match &routed {
+            let started = match &routed {
                 Err(NoServer::KeyMissing(_)) if in_time => {
                     self.key_missing.notify_one();
                     return Ok(TakeUp::Aside(REFUSED_WAIT_S));
                 }
-                Ok(route) if in_time => match self.admit(delivery, job, route).await {
-                    Some(Admitted::Go(permit)) => Some(permit),
-                    Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
-                    None => return Ok(TakeUp::HandBack),
+                Ok(route) if in_time => match self.admit(delivery, job, route).await? {
+                    Start::Go(started) => Some(started),
+                    Start::PutAside(delay_s) => return Ok(TakeUp::Aside(delay_s)),
+                    Start::Stopping => return Ok(TakeUp::HandBack),
                 },
                 _ => None,
             };
@@ -262,8 +269,8 @@ impl Worker {
                 self.desk.release(delivery.trail(), &job.key, &claimed).await;
                 continue;
             }
-            return Ok(match (routed, permit) {
-                (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit, room),
+            return Ok(match (routed, started) {
+                (Ok(route), Some(started)) => TakeUp::Work(claimed, route, started, room),
                 (Err(NoServer::Dead(reason)), _) => {
                     TakeUp::GiveUp(claimed, reason, route::NONE.to_owned(), room)
                 }
@@ -305,16 +312,6 @@ impl Worker {
             return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
         }
         self.route(job).await
-    }
-
-    /// `None` when the worker stops meanwhile.
-    async fn admit(&self, delivery: &InHand<'_>, job: &Job, route: &Route) -> Option<Admitted> {
-        let key = LineKey { organization: job.key.organization.clone(), lane: delivery.lane().name.clone() };
-        tokio::select! {
-            biased;
-            () = self.shutdown.stop_taking() => None,
-            admitted = self.dispatcher.admit(&route.destination, key) => Some(admitted),
-        }
     }
 
     async fn claim(
@@ -406,7 +403,7 @@ impl Worker {
         mut job: Job,
         mut claimed: Claimed,
         route: Route,
-        permit: Permit,
+        started: Started,
         limit: Duration,
     ) {
         claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
@@ -427,16 +424,20 @@ impl Worker {
         let message = match heavily(bytes, composing) {
             Ok(message) => message,
             Err(error) => {
-                drop(permit);
+                drop(started);
                 return self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, error.to_string()).await;
             }
         };
         // They are in the message now, and an attempt can take minutes.
         job.attachments.clear();
+        let Started { permit, allowance } = started;
+        let allowance = allowance.as_ref().inspect(|allowance| allowance.begin());
         let sending = async {
             fault::strike(Place::Attempt, &delivery.received().body);
-            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since: Instant::now() };
-            let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate).await;
+            let since = Instant::now();
+            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since, allowance };
+            let seats = allowance.map(Allowance::seats);
+            let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate, seats).await;
             fault::strike(Place::Answered, &delivery.received().body);
             report
         };

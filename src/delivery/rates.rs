@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -42,6 +43,8 @@ struct Held {
     limited: Mutex<Limited>,
     account: Mutex<Account>,
     seats: Arc<Seats>,
+    /// Told when an attempt has ended.
+    freed: Notify,
     /// One question at a time.
     asking: tokio::sync::Mutex<()>,
 }
@@ -156,6 +159,7 @@ impl Rates {
                     limited: Mutex::new(*limited),
                     account: Mutex::new(Account::new(limited.limits, Instant::now())),
                     seats: Arc::default(),
+                    freed: Notify::new(),
                     asking: tokio::sync::Mutex::default(),
                 })
             })
@@ -277,6 +281,8 @@ impl Place {
         let cost = limits.cost(recipients);
         let deadline = Instant::now() + SHORT_WAIT;
         loop {
+            let mut freed = std::pin::pin!(held.freed.notified());
+            freed.as_mut().enable();
             let now = Instant::now();
             let take = held.account().take(cost, now);
             match take {
@@ -293,7 +299,12 @@ impl Place {
                 }
                 Take::Ask if now <= deadline => self.rates.ask(held).await?,
                 Take::Wait(wait) if now + wait <= deadline => tokio::time::sleep(wait).await,
-                Take::Busy => return Ok(Taken::Aside(held.aside(organization, Cause::Connections))),
+                // An attempt of another destination with this account.
+                Take::Busy => {
+                    if tokio::time::timeout_at(deadline, freed).await.is_err() {
+                        return Ok(Taken::Aside(held.aside(organization, Cause::Connections)));
+                    }
+                }
                 Take::Ask | Take::Wait(_) => {
                     return Ok(Taken::Aside(held.aside(organization, Cause::Messages)));
                 }
@@ -370,6 +381,7 @@ impl Drop for Allowance {
         let unused = !self.begun.load(Ordering::Relaxed);
         let unused = unused.then(|| (self.cost, *self.use_until()));
         self.held.account().finish(unused, Instant::now());
+        self.held.freed.notify_waiters();
     }
 }
 

@@ -431,10 +431,11 @@ impl Worker {
         // They are in the message now, and an attempt can take minutes.
         job.attachments.clear();
         let Started { permit, allowance } = started;
-        let allowance = allowance.as_ref().inspect(|allowance| allowance.begin());
+        allowance.as_ref().inspect(|allowance| allowance.begin());
         let sending = async {
             fault::strike(Place::Attempt, &delivery.received().body);
             let since = Instant::now();
+            let allowance = allowance.as_ref();
             let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since, allowance };
             let seats = allowance.map(Allowance::seats);
             let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate, seats).await;
@@ -447,6 +448,7 @@ impl Worker {
         // Before the permit goes to the next in line, which would make another connection.
         let trouble = self.blames.blame(&route, claimed.reason, &mut report).await;
         delivery.trail().report(&report);
+        drop(allowance);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
         let absolution = absolution(&route, &report);

@@ -26,10 +26,10 @@ pub(super) enum Start {
 
 /// The right to attempt it.
 pub(super) struct Started {
+    /// Of its provider, where that has limits. Dropped first: the permit's next owner needs its connection.
+    pub(super) allowance: Option<Allowance>,
     /// Of its destination.
     pub(super) permit: Permit,
-    /// Of its provider, where that has limits.
-    pub(super) allowance: Option<Allowance>,
 }
 
 impl Worker {

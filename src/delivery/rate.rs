@@ -203,8 +203,10 @@ impl Account {
 
     /// What the database gave for an ask that was made at `asked_at`.
     pub fn slice(&mut self, ask: RateAsk, slice: RateSlice, asked_at: Instant) {
-        self.tokens += i64::from(ask.debt) + i64::from(slice.tokens);
+        self.tokens += i64::from(ask.debt);
         if slice.tokens > 0 {
+            // One that came back meanwhile is of an older slice, and would outlive it.
+            self.tokens = self.tokens.min(0) + i64::from(slice.tokens);
             self.sliced_at = asked_at;
         }
         self.left = slice.left;
@@ -225,6 +227,11 @@ impl Account {
     /// Connections that this worker may have open now.
     pub fn connections(&self, now: Instant) -> usize {
         if self.is_leased(now) { self.connections } else { 0 }
+    }
+
+    /// Whether it is worth a renewal: without a limit of connections the next token's ask renews as well.
+    pub fn is_to_be_renewed(&self) -> bool {
+        self.limits.max_connections.is_some()
     }
 
     /// Whether nothing of it is used or wanted.

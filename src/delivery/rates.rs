@@ -20,8 +20,11 @@ use crate::smtp::{Pool, Seats};
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 
-/// Between two looks at what is held, and so the longest time until another worker that goes without is noticed.
-const KEEP_PAUSE: Duration = Duration::from_secs(2);
+/// Between two looks at what is held, and so the longest time until another worker that goes without is noticed. A lease outlasts
+/// two that fail.
+const KEEP_PAUSE: Duration = Duration::from_secs(5);
+/// Asks of one job that others' asks may overtake.
+const ASKS: usize = 3;
 /// Renewals at once.
 const RENEWALS: usize = 4;
 /// Between two looks for accounts that nobody sends through any more.
@@ -111,9 +114,9 @@ impl Held {
         Waits { delay_s, cause, is_to_be_told: account.is_to_be_told(now) }
     }
 
-    /// Lets the pool know what may be open now.
-    fn seat(&self) {
-        self.seats.allow(self.account().connections(Instant::now()));
+    /// Lets the pool know what may be open until then.
+    fn seat(&self, until: Instant) {
+        self.seats.allow(self.account().connections(until));
     }
 }
 
@@ -135,19 +138,15 @@ impl Rates {
         ceiling: usize,
     ) -> Result<Entered, StoreError> {
         let held = self.held(limited);
-        let mut asked = false;
-        loop {
+        for _ in 0..ASKS {
             let entry = held.account().enter(ceiling, Instant::now());
             match entry {
                 Entry::Pass => return Ok(Entered::Pass(Place { rates: self.clone(), held })),
                 Entry::Full(cause) => return Ok(Entered::Aside(held.aside(organization, cause))),
-                Entry::Ask if asked => {
-                    return Ok(Entered::Aside(held.aside(organization, Cause::Connections)));
-                }
                 Entry::Ask => self.ask(&held).await?,
             }
-            asked = true;
         }
+        Ok(Entered::Aside(held.aside(organization, Cause::Connections)))
     }
 
     fn held(&self, limited: &Limited) -> Arc<Held> {
@@ -195,7 +194,7 @@ impl Rates {
         let ask = held.account().ask(renewal, held.seats.taken(), asked_at);
         let slice = self.0.store.lease_rate(&limited, self.0.holder, ask).await?;
         held.account().slice(ask, slice, asked_at);
-        held.seat();
+        held.seat(asked_at);
         Ok(())
     }
 
@@ -221,14 +220,29 @@ impl Rates {
 
     async fn look_after(&self, held: Arc<Held>) {
         let turn = held.asking.lock().await;
-        let unused = held.account().is_idle(Instant::now()) && held.seats.taken() == 0;
-        let done = if unused { self.give_back(&held).await } else { self.lease(&held, true).await };
+        let now = Instant::now();
+        let unused = held.account().is_idle(now) && held.seats.taken() == 0;
+        let done = if unused {
+            self.give_back(&held).await
+        } else if held.account().is_to_be_renewed() {
+            self.lease(&held, true).await
+        } else {
+            Ok(())
+        };
         if let Err(error) = done {
             tracing::debug!(%error, "what is held of a limited account could not be renewed now");
-            held.seat();
+            // What is not renewed by the next look may be another's by then.
+            held.seat(now + KEEP_PAUSE);
         }
         drop(turn);
+        let open = held.seats.taken();
         self.0.pool.trim(&held.seats).await;
+        if held.seats.taken() < open {
+            let _turn = held.asking.lock().await;
+            if let Err(error) = self.lease(&held, true).await {
+                tracing::debug!(%error, "closed connections are given back later");
+            }
+        }
         if unused {
             let key = held.limited().key;
             drop(held);
@@ -254,8 +268,9 @@ impl Rates {
     }
 
     async fn give_back(&self, held: &Held) -> Result<(), StoreError> {
-        let tokens = held.account().surrender(Instant::now());
-        held.seat();
+        let now = Instant::now();
+        let tokens = held.account().surrender(now);
+        held.seat(now);
         let key = held.limited().key;
         self.0.store.give_back_rate(key, self.0.holder, tokens).await
     }

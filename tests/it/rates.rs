@@ -203,6 +203,27 @@ async fn a_worker_that_stops_leaves_its_connection_to_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_mail_closes_its_connection_for_one_that_goes_without() {
+    let mut world = World::with(|server| server.most_connections = Some(1)).await;
+    let first = world.worker().await;
+    limited(&world, "acme", Some(1), None).await;
+    publish(&world, Some("acme"), 1).await;
+    world.received(1).await;
+    let config =
+        world.file("other.toml", b"[[amqp.lanes]]\nname = \"reminders\"\nbindings = [\"reminder.#\"]\n");
+    world.set("SENDOFF_CONFIG", config.to_str().unwrap());
+    let second = world.worker().await;
+    let body = serde_json::to_vec(&job(Some("acme"))).unwrap();
+    world.broker.publish_job("reminder.test", &body, lapin::BasicProperties::default()).await;
+    world.received(2).await;
+    assert_eq!(over_limit(&world), 0, "closed by the one before it is opened by the other");
+    assert!(waits(&second, "organization", "connections").await >= 1.0);
+    first.stop().await;
+    second.stop().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_organizations_on_one_account_have_its_connections_together() {
     let world = World::with(|server| server.most_connections = Some(1)).await;
     let worker = world.worker().await;

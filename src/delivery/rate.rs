@@ -78,6 +78,8 @@ pub struct Account {
     wanted_at: Instant,
     /// Whether the last ask was for connections, and not to keep those that were open.
     was_wanted: bool,
+    /// When an ask last found the account held by somebody else.
+    busy_at: Option<Instant>,
     told_at: Option<Instant>,
 }
 
@@ -98,6 +100,7 @@ impl Account {
             ceiling: 1,
             wanted_at: now,
             was_wanted: false,
+            busy_at: None,
             told_at: None,
         }
     }
@@ -217,6 +220,16 @@ impl Account {
             Some(_) => usize::try_from(slice.connections).unwrap_or(usize::MAX),
             None => usize::MAX,
         };
+    }
+
+    /// An ask found the account held by somebody else, for longer than jobs should wait.
+    pub fn busy(&mut self, now: Instant) {
+        self.busy_at = Some(now);
+    }
+
+    /// Whether an ask found it so since then.
+    pub fn busy_since(&self, then: Instant) -> bool {
+        self.busy_at.is_some_and(|at| at >= then)
     }
 
     /// Whether it was asked for since then.

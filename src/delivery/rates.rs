@@ -143,7 +143,8 @@ impl Rates {
             match entry {
                 Entry::Pass => return Ok(Entered::Pass(Place { rates: self.clone(), held })),
                 Entry::Full(cause) => return Ok(Entered::Aside(held.aside(organization, cause))),
-                Entry::Ask => self.ask(&held).await?,
+                Entry::Ask if self.ask(&held).await? => {}
+                Entry::Ask => break,
             }
         }
         Ok(Entered::Aside(held.aside(organization, Cause::Connections)))
@@ -176,26 +177,33 @@ impl Rates {
         self.0.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the database for a slice, unless somebody has asked meanwhile. In a task of its own: what was granted counts even
+    /// Asks the database for a slice, unless somebody has asked meanwhile; whether it could be had. In a task of its own: what was granted counts even
     /// where who asked for it has gone.
-    async fn ask(&self, held: &Arc<Held>) -> Result<(), StoreError> {
+    async fn ask(&self, held: &Arc<Held>) -> Result<bool, StoreError> {
         let (this, held, since) = (self.clone(), held.clone(), Instant::now());
         let asking = tokio::spawn(async move {
             let _turn = held.asking.lock().await;
-            if held.account().asked_since(since) { Ok(()) } else { this.lease(&held, false).await }
+            let (asked, busy) = {
+                let account = held.account();
+                (account.asked_since(since), account.busy_since(since))
+            };
+            if asked || busy { Ok(asked) } else { this.lease(&held, false).await }
         });
         asking.await.unwrap_or_else(|error| Err(StoreError::Internal(error.to_string())))
     }
 
-    /// Under the account's turn to ask.
-    async fn lease(&self, held: &Held, renewal: bool) -> Result<(), StoreError> {
+    /// Under the account's turn to ask. Not where somebody else has held it for too long.
+    async fn lease(&self, held: &Held, renewal: bool) -> Result<bool, StoreError> {
         let asked_at = Instant::now();
         let limited = *held.limited();
         let ask = held.account().ask(renewal, held.seats.taken(), asked_at);
-        let slice = self.0.store.lease_rate(&limited, self.0.holder, ask).await?;
+        let Some(slice) = self.0.store.lease_rate(&limited, self.0.holder, ask).await? else {
+            held.account().busy(Instant::now());
+            return Ok(false);
+        };
         held.account().slice(ask, slice, asked_at);
         held.seat(asked_at);
-        Ok(())
+        Ok(true)
     }
 
     /// Renews what is used, closes connections that are another worker's now, and gives back what nobody wants. Until the
@@ -223,14 +231,14 @@ impl Rates {
         let now = Instant::now();
         let unused = held.account().is_idle(now) && held.seats.taken() == 0;
         let done = if unused {
-            self.give_back(&held).await
+            self.give_back(&held).await.map(|()| true)
         } else if held.account().is_to_be_renewed() {
             self.lease(&held, true).await
         } else {
-            Ok(())
+            Ok(true)
         };
-        if let Err(error) = done {
-            tracing::debug!(%error, "what is held of a limited account could not be renewed now");
+        if !matches!(done, Ok(true)) {
+            tracing::debug!(?done, "what is held of a limited account could not be renewed now");
             // What is not renewed by the next look may be another's by then.
             held.seat(now + KEEP_PAUSE);
         }
@@ -312,7 +320,7 @@ impl Place {
                         passed: AtomicBool::new(false),
                     }));
                 }
-                Take::Ask if now <= deadline => self.rates.ask(held).await?,
+                Take::Ask if now <= deadline && self.rates.ask(held).await? => {}
                 Take::Wait(wait) if now + wait <= deadline => tokio::time::sleep(wait).await,
                 // An attempt of another destination with this account.
                 Take::Busy => {
@@ -376,7 +384,7 @@ impl Allowance {
                     return true;
                 }
                 Take::Ask if now <= deadline => {
-                    if self.rates.ask(&self.held).await.is_err() {
+                    if !matches!(self.rates.ask(&self.held).await, Ok(true)) {
                         return false;
                     }
                 }

@@ -15,6 +15,15 @@ use crate::model::rate::{self, Holding, Pace};
 /// For so long a worker has its connections without renewing them.
 pub const RATE_LEASE: Duration = Duration::from_secs(15);
 
+/// A worker that stops waits no longer for it; the lease ends by itself.
+const GIVE_BACK_LIMIT: Duration = Duration::from_secs(2);
+
+/// A worker that vanished, or stands still, in the middle of an ask holds up the others of its account alone, and not for long.
+const PATIENCE: &str = "SET LOCAL lock_timeout = '2s'; SET LOCAL idle_in_transaction_session_timeout = '5s'";
+
+/// SQLSTATE of a lock that was not had within its time.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
 const MAKE: &str =
     "INSERT INTO rate_accounts (account, tokens, refilled_at) VALUES ($1, $2, now()) ON CONFLICT DO NOTHING";
 
@@ -70,7 +79,8 @@ pub struct RateSlice {
 }
 
 impl Store {
-    /// Leases a slice of an account, and renews what the worker has of it.
+    /// Leases a slice of an account, and renews what the worker has of it. `None`: somebody else has held the account's row for
+    /// too long.
     ///
     /// # Errors
     /// When the database did not answer; the slice may have been taken, and is then lost.
@@ -79,12 +89,21 @@ impl Store {
         limited: &Limited,
         holder: Uuid,
         ask: RateAsk,
-    ) -> Result<RateSlice, StoreError> {
+    ) -> Result<Option<RateSlice>, StoreError> {
         self.on_session(async |session| {
             let mut transaction = session.begin().await?;
-            let slice = lease(&mut transaction, limited, holder, ask).await?;
-            transaction.commit().await?;
-            Ok(slice)
+            sqlx::raw_sql(PATIENCE).execute(&mut *transaction).await?;
+            match lease(&mut transaction, limited, holder, ask).await {
+                Ok(slice) => {
+                    transaction.commit().await?;
+                    Ok(Some(slice))
+                }
+                Err(error) if is_busy(&error) => {
+                    transaction.rollback().await?;
+                    Ok(None)
+                }
+                Err(error) => Err(error),
+            }
         })
         .await
     }
@@ -101,7 +120,9 @@ impl Store {
     ) -> Result<(), StoreError> {
         #[expect(clippy::cast_precision_loss, reason = "tokens are few")]
         let question = sqlx::query(GIVE_BACK).bind(account.0).bind(holder).bind(tokens as f64);
-        self.on_session(async |session| question.execute(session).await).await.map(drop)
+        self.on_session_within(GIVE_BACK_LIMIT, async |session| question.execute(session).await)
+            .await
+            .map(drop)
     }
 
     /// Forgets the accounts that nobody has sent through for a while.
@@ -178,6 +199,10 @@ async fn bucket(
         let full = pace.map_or(0.0, |pace| f64::from(pace.burst));
         sqlx::query(MAKE).bind(key).bind(full).execute(&mut *session).await?;
     }
+}
+
+fn is_busy(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == LOCK_NOT_AVAILABLE)
 }
 
 fn stored(count: u32) -> i32 {

@@ -224,6 +224,29 @@ async fn a_worker_without_mail_closes_its_connection_for_one_that_goes_without()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_account_that_somebody_keeps_locked_holds_up_no_other_mail() {
+    let world = World::new().await;
+    let worker = world.worker().await;
+    limited(&world, "held", None, Some(60)).await;
+    world.organization("free").await;
+    let mut stranger = world.database.connect().await;
+    let hold = "BEGIN; LOCK TABLE rate_accounts IN ACCESS EXCLUSIVE MODE";
+    sqlx::raw_sql(hold).execute(&mut stranger).await.unwrap();
+    let held = publish(&world, Some("held"), 3).await;
+    eventually("they are put aside", async || waits(&worker, "organization", "connections").await >= 3.0)
+        .await;
+    let free = publish(&world, Some("free"), 1).await;
+    world.state(Some("free"), free[0], State::Sent).await;
+    assert!(!worker.log().contains("the database is away"), "nor is the database taken for lost");
+    sqlx::raw_sql("ROLLBACK").execute(&mut stranger).await.unwrap();
+    for id in held {
+        assert_eq!(world.state(Some("held"), id, State::Sent).await.attempts, 1);
+    }
+    worker.stop().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_organizations_on_one_account_have_its_connections_together() {
     let world = World::with(|server| server.most_connections = Some(1)).await;
     let worker = world.worker().await;
@@ -283,17 +306,18 @@ async fn slices_that_are_leased_at_once_are_no_more_than_there_is() {
     let holder = |number: u128| Uuid::from_u128(number);
     let leases = (1..=6).map(|number| store.lease_rate(&limited, holder(number), ask));
     let slices = futures_util::future::try_join_all(leases).await.unwrap();
+    let slices: Vec<_> = slices.into_iter().flatten().collect();
     let total = |of: fn(&sendoff::store::RateSlice) -> u32| slices.iter().map(of).sum::<u32>();
     assert_eq!(total(|slice| slice.connections), 3);
     let tokens = total(|slice| slice.tokens);
     assert!((8..=10).contains(&tokens), "a full bucket is 10: {tokens}");
 
     database.run("UPDATE rate_leases SET expires_at = now()").await;
-    let alone = store.lease_rate(&limited, holder(7), ask).await.unwrap();
+    let alone = store.lease_rate(&limited, holder(7), ask).await.unwrap().unwrap();
     assert_eq!((alone.connections, alone.workers), (3, 1), "what has expired is free");
     store.give_back_rate(limited.key, holder(7), 0).await.unwrap();
     let debt = RateAsk { debt: 50, connections: 1, tokens: 1, ..RateAsk::default() };
-    let slice = store.lease_rate(&limited, holder(8), debt).await.unwrap();
+    let slice = store.lease_rate(&limited, holder(8), debt).await.unwrap().unwrap();
     assert!(slice.tokens == 0 && slice.left < -30.0, "{slice:?}");
     store.forget_rates().await.unwrap();
     assert_eq!(

@@ -4,24 +4,13 @@
 
 use super::error::ControlError;
 use super::smtp_config_get::view;
-use super::smtp_params::SmtpParams;
+use super::smtp_params::{self, SmtpParams};
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
 use crate::model::smtp_settings::TlsMode;
 use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
-pub(super) const PARAMS: &[&str] = &[
-    "from_email",
-    "from_name",
-    "host",
-    "port",
-    "username",
-    "password",
-    "secure",
-    "max_connections",
-    "messages_per_minute",
-    "if_version",
-];
+pub(super) const PARAMS: &[&str] = &smtp_params::WITH_VERSION;
 
 /// How often an update looks again when others change the host meanwhile.
 const ROUNDS: usize = 3;

@@ -13,8 +13,8 @@ use crate::model::address::EmailAddress;
 use crate::model::provider::{CONNECTIONS_RANGE, PER_MINUTE_RANGE};
 use crate::model::text;
 
-/// `create`'s parameters; all but `secure` and the limits are required there.
-pub(super) const NAMES: &[&str] = &[
+/// `update`'s parameters: `create`'s, and the version that the change is meant for.
+pub(super) const WITH_VERSION: [&str; 10] = [
     "from_email",
     "from_name",
     "host",
@@ -24,7 +24,11 @@ pub(super) const NAMES: &[&str] = &[
     "secure",
     "max_connections",
     "messages_per_minute",
+    "if_version",
 ];
+
+/// `create`'s parameters; all but `secure` and the limits are required there.
+pub(super) const NAMES: &[&str] = WITH_VERSION.split_at(WITH_VERSION.len() - 1).0;
 
 /// Longest sender's name, in bytes: what a mailbox may have.
 pub(super) const NAME_MAX: usize = 512;

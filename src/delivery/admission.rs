@@ -1,4 +1,4 @@
-//! Whether a job's attempt may start now: a place with its destination, and what its provider allows.
+//! Where a job goes, and whether its attempt may start now: a place with its destination, and what its provider allows.
 //! Guarantee: who waits for a provider's limit is put aside at the broker, nothing charged, and in the end given up by its age; a job
 //! whose account has no limits is asked nothing of them.
 
@@ -7,9 +7,12 @@ use std::time::Duration;
 use super::dispatch::{Admitted, LineKey, Permit};
 use super::in_hand::InHand;
 use super::rates::{Allowance, Entered, Taken, Waits};
-use super::route::Route;
+use super::route::{self, NoServer, Route};
 use super::worker::Worker;
+use crate::model::failure::Reason;
 use crate::model::job::Job;
+use crate::model::ledger::Claimed;
+use crate::model::provider::Limited;
 use crate::model::schedule::ASIDE_S;
 use crate::model::smtp_settings::Destination;
 use crate::store::StoreError;
@@ -33,6 +36,33 @@ pub(super) struct Started {
 }
 
 impl Worker {
+    pub(super) async fn route(&self, job: &Job) -> Result<Result<Route, NoServer>, StoreError> {
+        let facts = match &job.key.organization {
+            Some(organization) => Some(self.configs.get(organization).await?),
+            None => None,
+        };
+        let own = job.key.organization.as_ref().zip(facts.as_deref());
+        Ok(route::route(own, self.limits.custom_smtp, self.platform.as_ref()))
+    }
+
+    /// The route by the configuration as of the claim, or a newer one. Credentials that do not open are held against it.
+    pub(super) async fn route_as_of(
+        &self,
+        job: &Job,
+        claimed: &Claimed,
+    ) -> Result<Result<Route, NoServer>, StoreError> {
+        let Some(organization) = &job.key.organization else { return self.route(job).await };
+        let Claimed { custom_smtp, config_version, config_failing, .. } = *claimed;
+        let facts = self.configs.confirm(organization, custom_smtp, config_version, config_failing).await?;
+        let own = Some((organization, &*facts));
+        let now = route::route(own, self.limits.custom_smtp, self.platform.as_ref());
+        let Err(NoServer::Unreadable { version }) = now else { return Ok(now) };
+        if self.blames.blame_unreadable(&self.desk, organization, version).await? {
+            return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
+        }
+        self.route(job).await
+    }
+
     pub(super) async fn admit(
         &self,
         delivery: &InHand<'_>,
@@ -53,12 +83,26 @@ impl Worker {
             Destination::Organization { .. } => self.limits.organization_connections,
             Destination::Platform => self.limits.platform_connections,
         };
-        let Some(limited) = &route.limited else {
-            return Ok(match self.dispatcher.admit(&route.destination, key, ceiling).await {
-                Admitted::Go(permit) => Start::Go(Started { permit, allowance: None }),
-                Admitted::PutAside(delay_s) => Start::PutAside(delay_s),
-            });
-        };
+        if let Some(limited) = &route.limited {
+            // Boxed: a task is as large as its largest way, and most accounts have no limits.
+            return Box::pin(self.start_limited(delivery, job, route, limited, key, ceiling)).await;
+        }
+        Ok(match self.dispatcher.admit(&route.destination, key, ceiling).await {
+            Admitted::Go(permit) => Start::Go(Started { allowance: None, permit }),
+            Admitted::PutAside(delay_s) => Start::PutAside(delay_s),
+        })
+    }
+
+    async fn start_limited(
+        &self,
+        delivery: &InHand<'_>,
+        job: &Job,
+        route: &Route,
+        limited: &Limited,
+        key: LineKey,
+        ceiling: usize,
+    ) -> Result<Start, StoreError> {
+        let organization = job.key.organization.as_ref();
         // Before it stands in line, which holds a place of the lane's prefetch.
         let place = match self.rates.enter(limited, organization, ceiling).await? {
             Entered::Pass(place) => place,
@@ -70,7 +114,7 @@ impl Worker {
             Admitted::PutAside(delay_s) => return Ok(Start::PutAside(delay_s)),
         };
         Ok(match place.take(job.recipients().count(), organization).await? {
-            Taken::Go(allowance) => Start::Go(Started { permit, allowance: Some(allowance) }),
+            Taken::Go(allowance) => Start::Go(Started { allowance: Some(allowance), permit }),
             Taken::Aside(waits) => self.waits(delivery, job, route, waits),
         })
     }

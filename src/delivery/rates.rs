@@ -280,7 +280,12 @@ impl Rates {
         let tokens = held.account().surrender(now);
         held.seat(now);
         let key = held.limited().key;
-        self.0.store.give_back_rate(key, self.0.holder, tokens).await
+        let given = self.0.store.give_back_rate(key, self.0.holder, tokens).await;
+        if given.is_err() {
+            // Tokens may be lost; what is owed may not.
+            held.account().overdraw(u32::try_from(-tokens).unwrap_or_default());
+        }
+        given
     }
 }
 

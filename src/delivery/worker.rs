@@ -291,29 +291,6 @@ impl Worker {
         first_at.is_some_and(|first_at| self.clock.now() - first_at > self.limits.retry.max_age)
     }
 
-    async fn route(&self, job: &Job) -> Result<Result<Route, NoServer>, StoreError> {
-        let facts = match &job.key.organization {
-            Some(organization) => Some(self.configs.get(organization).await?),
-            None => None,
-        };
-        let own = job.key.organization.as_ref().zip(facts.as_deref());
-        Ok(route::route(own, self.limits.custom_smtp, self.platform.as_ref()))
-    }
-
-    /// The route by the configuration as of the claim, or a newer one. Credentials that do not open are held against it.
-    async fn route_as_of(&self, job: &Job, claimed: &Claimed) -> Result<Result<Route, NoServer>, StoreError> {
-        let Some(organization) = &job.key.organization else { return self.route(job).await };
-        let Claimed { custom_smtp, config_version, config_failing, .. } = *claimed;
-        let facts = self.configs.confirm(organization, custom_smtp, config_version, config_failing).await?;
-        let own = Some((organization, &*facts));
-        let now = route::route(own, self.limits.custom_smtp, self.platform.as_ref());
-        let Err(NoServer::Unreadable { version }) = now else { return Ok(now) };
-        if self.blames.blame_unreadable(&self.desk, organization, version).await? {
-            return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
-        }
-        self.route(job).await
-    }
-
     async fn claim(
         &self,
         delivery: &InHand<'_>,

@@ -24,6 +24,8 @@ use crate::delivery::in_hand::ServedLane;
 use crate::delivery::lanes;
 use crate::delivery::probing::Prober;
 use crate::delivery::quarantine::Quarantine;
+use crate::delivery::rates::Rates;
+use crate::delivery::route::PlatformServer;
 use crate::delivery::settle::Desk;
 use crate::delivery::weights::Weights;
 use crate::delivery::worker::{Limits, Worker};
@@ -144,6 +146,7 @@ struct Running {
     clock: Clock,
     connector: SmtpConnector,
     pool: Pool,
+    rates: Rates,
     dispatcher: Dispatcher,
     configs: SmtpConfigs,
     keys: Arc<KeyRing>,
@@ -180,19 +183,22 @@ impl Running {
             max_messages_per_connection: smtp.max_messages_per_connection,
             idle_timeout: smtp.idle_timeout,
         };
+        let clock = Clock::system();
+        let pool = Pool::new(connector.clone(), pool_limits);
         let keys = parts::key_ring(settings)?;
         Ok(Self {
             configs: SmtpConfigs::new(store.clone(), keys.clone()),
             keys,
             key_missing: Arc::default(),
-            store,
             readiness: readiness.clone(),
             shutdown: shutdown.clone(),
-            clock: Clock::system(),
-            pool: Pool::new(connector.clone(), pool_limits),
+            rates: Rates::new(store.clone(), pool.clone(), clock.new_id()),
+            clock,
+            pool,
             dispatcher: Dispatcher::new(settings.delivery.max_sessions as usize),
             connector,
             broker: parts::broker(settings)?,
+            store,
         })
     }
 
@@ -252,6 +258,7 @@ impl Running {
         tasks.spawn(announcer.run());
         tasks.spawn(Prober::new(worker.clone(), self.connector.clone()).run());
         tasks.spawn(self.releaser(settings, &broker).run());
+        tasks.spawn(self.rates.clone().keep(self.shutdown.clone()));
         let lanes = serve_lanes(settings, &worker, &self.dispatcher, &broker)?;
 
         self.shutdown.stop_taking().await;
@@ -266,6 +273,7 @@ impl Running {
         self.shutdown.stop();
         while tasks.join_next().await.is_some() {}
         self.pool.close_all(GOODBYE_LIMIT).await;
+        self.rates.give_all_back().await;
         incarnations.stop().await;
         match Arc::into_inner(broker) {
             Some(broker) => broker.close().await,
@@ -307,7 +315,11 @@ impl Running {
             pool: self.pool.clone(),
             database,
             key_missing: self.key_missing.clone(),
-            platform: settings.platform.as_ref().map(|platform| Arc::new(platform.account.clone())),
+            platform: settings.platform.as_ref().map(|platform| PlatformServer {
+                account: Arc::new(platform.account.clone()),
+                limited: platform.limited,
+            }),
+            rates: self.rates.clone(),
             limits: Limits {
                 wire: wire_limits(settings),
                 retry,

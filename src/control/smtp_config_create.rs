@@ -7,6 +7,7 @@ use super::smtp_config_get::view;
 use super::smtp_params::{self, SmtpParams};
 use super::{Call, Control, Done};
 use crate::egress::ServerHost;
+use crate::model::provider::Overrides;
 use crate::model::smtp_settings::Credentials;
 use crate::store::NewSmtpConfig;
 
@@ -41,6 +42,10 @@ pub(super) fn complete(params: SmtpParams) -> Result<(ServerHost, NewSmtpConfig)
         port,
         secure: params.secure.unwrap_or(true),
         credentials: Credentials::new(username, password),
+        overrides: Overrides {
+            max_connections: params.max_connections.flatten(),
+            messages_per_minute: params.messages_per_minute.flatten(),
+        },
     };
     Ok((host, new))
 }

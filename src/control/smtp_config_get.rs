@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use super::error::ControlError;
 use super::{Call, Control, Done};
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Limits;
 use crate::store::SmtpConfig;
 
 impl Control {
@@ -29,12 +30,23 @@ struct View<'a> {
     host: &'a str,
     port: u16,
     secure: bool,
+    /// Left out where nothing is limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<LimitsView>,
     last_test: Option<LastTestView<'a>>,
     status: &'static str,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     updated_at: OffsetDateTime,
+}
+
+/// What holds for the account over all workers; `null` where that is not limited.
+#[derive(Serialize)]
+struct LimitsView {
+    max_connections: Option<u32>,
+    messages_per_minute: Option<u32>,
+    source: &'static str,
 }
 
 #[derive(Serialize)]
@@ -56,6 +68,11 @@ pub(super) fn view(organization: &OrganizationId, config: &SmtpConfig) -> Value 
         host: &config.host,
         port: config.port,
         secure: config.secure,
+        limits: Limits::of(&config.host, config.overrides).map(|limits| LimitsView {
+            max_connections: limits.max_connections,
+            messages_per_minute: limits.messages_per_minute,
+            source: limits.source(),
+        }),
         last_test: last_test.map(|test| LastTestView {
             at: test.at,
             ok: test.ok,

@@ -148,6 +148,7 @@ fn laid_over(
         port: patch.port.unwrap_or(stored.port),
         secure: patch.secure.unwrap_or(stored.secure),
         credentials: Credentials::new(username, password),
+        overrides: stored.overrides,
     })
 }
 

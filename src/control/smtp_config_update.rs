@@ -4,14 +4,13 @@
 
 use super::error::ControlError;
 use super::smtp_config_get::view;
-use super::smtp_params::SmtpParams;
+use super::smtp_params::{self, SmtpParams};
 use super::{Call, Control, Done};
 use crate::egress::EgressError;
 use crate::model::smtp_settings::TlsMode;
 use crate::store::{ChangeError, SmtpConfig, SmtpConfigPatch};
 
-pub(super) const PARAMS: &[&str] =
-    &["from_email", "from_name", "host", "port", "username", "password", "secure", "if_version"];
+pub(super) const PARAMS: &[&str] = &smtp_params::WITH_VERSION;
 
 /// How often an update looks again when others change the host meanwhile.
 const ROUNDS: usize = 3;
@@ -99,6 +98,8 @@ pub(super) fn patch(params: SmtpParams) -> SmtpConfigPatch {
         secure: params.secure,
         username: params.username,
         password: params.password,
+        max_connections: params.max_connections,
+        messages_per_minute: params.messages_per_minute,
     }
 }
 

@@ -2,17 +2,33 @@
 //! Guarantee: a value that passes can go into a header or an SMTP command as it is; user name and password are exactly
 //! what was given.
 
+use std::ops::RangeInclusive;
+
 use secrecy::{ExposeSecret, SecretString};
 
 use super::error::{Code, ControlError};
 use super::fields::Fields;
 use crate::egress::ServerHost;
 use crate::model::address::EmailAddress;
+use crate::model::provider::{CONNECTIONS_RANGE, PER_MINUTE_RANGE};
 use crate::model::text;
 
-/// `create`'s parameters; all but `secure` are required there.
-pub(super) const NAMES: &[&str] =
-    &["from_email", "from_name", "host", "port", "username", "password", "secure"];
+/// `update`'s parameters: `create`'s, and the version that the change is meant for.
+pub(super) const WITH_VERSION: [&str; 10] = [
+    "from_email",
+    "from_name",
+    "host",
+    "port",
+    "username",
+    "password",
+    "secure",
+    "max_connections",
+    "messages_per_minute",
+    "if_version",
+];
+
+/// `create`'s parameters; all but `secure` and the limits are required there.
+pub(super) const NAMES: &[&str] = WITH_VERSION.split_at(WITH_VERSION.len() - 1).0;
 
 /// Longest sender's name, in bytes: what a mailbox may have.
 pub(super) const NAME_MAX: usize = 512;
@@ -29,6 +45,9 @@ pub(super) struct SmtpParams {
     pub(super) username: Option<SecretString>,
     pub(super) password: Option<SecretString>,
     pub(super) secure: Option<bool>,
+    /// `Some(None)`: given as `null`, for what is known of the provider.
+    pub(super) max_connections: Option<Option<u32>>,
+    pub(super) messages_per_minute: Option<Option<u32>>,
 }
 
 impl SmtpParams {
@@ -42,6 +61,8 @@ impl SmtpParams {
             username: credential(fields, "username")?,
             password: credential(fields, "password")?,
             secure: fields.value("secure", "must be true or false")?,
+            max_connections: limit(fields, "max_connections", &CONNECTIONS_RANGE)?,
+            messages_per_minute: limit(fields, "messages_per_minute", &PER_MINUTE_RANGE)?,
         })
     }
 }
@@ -75,6 +96,22 @@ fn port(fields: &Fields) -> Result<Option<u16>, ControlError> {
     match fields.value("port", rule)? {
         Some(0) => Err(ControlError::invalid_field("port", rule)),
         port => Ok(port),
+    }
+}
+
+fn limit(
+    fields: &Fields,
+    field: &str,
+    range: &RangeInclusive<u32>,
+) -> Result<Option<Option<u32>>, ControlError> {
+    let rule = format!(
+        "must be an integer from {} to {}, or null for what is known of the provider",
+        range.start(),
+        range.end()
+    );
+    match fields.value::<Option<u32>>(field, &rule)? {
+        Some(Some(limit)) if !range.contains(&limit) => Err(ControlError::invalid_field(field, rule)),
+        given => Ok(given),
     }
 }
 
@@ -121,6 +158,16 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_is_a_number_or_null_for_the_providers_own() {
+        let params = read(r#"{"max_connections":3,"messages_per_minute":null}"#).unwrap();
+        assert_eq!((params.max_connections, params.messages_per_minute), (Some(Some(3)), Some(None)));
+        let params = read("{}").unwrap();
+        assert_eq!((params.max_connections, params.messages_per_minute), (None, None));
+        let error = read(r#"{"messages_per_minute":0}"#).unwrap_err();
+        assert!(error.message.contains("from 1 to 100000, or null"), "{error:?}");
+    }
+
+    #[test]
     fn each_unusable_value_is_refused_by_the_name_of_its_field() {
         let long = format!(r#"{{"password":"{}"}}"#, "x".repeat(1025));
         let long_name = format!(r#"{{"from_name":"{}"}}"#, "x".repeat(513));
@@ -147,6 +194,13 @@ mod tests {
             ("password", &long),
             ("secure", r#"{"secure":"yes"}"#),
             ("secure", r#"{"secure":1}"#),
+            ("max_connections", r#"{"max_connections":0}"#),
+            ("max_connections", r#"{"max_connections":1001}"#),
+            ("max_connections", r#"{"max_connections":"3"}"#),
+            ("messages_per_minute", r#"{"messages_per_minute":0}"#),
+            ("messages_per_minute", r#"{"messages_per_minute":-1}"#),
+            ("messages_per_minute", r#"{"messages_per_minute":100001}"#),
+            ("messages_per_minute", r#"{"messages_per_minute":1.5}"#),
         ] {
             let error = read(json).unwrap_err();
             assert_eq!((error.code, error.field.as_deref()), (Code::InvalidField, Some(field)), "{json}");

@@ -38,7 +38,7 @@ impl Control {
             allow(&config)?;
             seen = config.version;
             match self.configs.load_for_sending(organization).await?.account {
-                StoredAccount::Ready { version, account } if version == config.version => {
+                StoredAccount::Ready { version, account, .. } if version == config.version => {
                     return Ok(Stored { config, account });
                 }
                 StoredAccount::Unreadable { version, cause } if version == config.version => {

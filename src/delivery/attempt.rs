@@ -2,7 +2,7 @@
 //! Guarantee: nothing is decided about the job here beyond [`policy::assess`]; a refused gate sends nothing.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::model::event::RefusedRecipient;
@@ -13,7 +13,7 @@ use crate::model::ledger::{AttemptRecord, Claimed};
 use crate::model::policy::{self, Feedback, Verdict};
 use crate::model::smtp_settings::Destination;
 use crate::smtp::compose::needs_smtputf8;
-use crate::smtp::{Envelope, FinalDot, Pool};
+use crate::smtp::{Envelope, FinalDot, Pool, Seats};
 
 use crate::telemetry::AttemptResult;
 
@@ -31,7 +31,7 @@ pub enum Shut {
     Superseded(i64),
     /// Another worker has the job now.
     NotOwner,
-    /// This worker may not start anything: its lock or its database is gone, or it is stopping.
+    /// This worker may not start anything: its lock or its database is gone, it is stopping, or what the provider allows is used.
     Halted,
 }
 
@@ -215,7 +215,8 @@ pub trait Gatekeeper: Sync {
     fn pass(&self) -> impl Future<Output = Result<(), Shut>> + Send;
 }
 
-/// Sends a composed message to the recipients that `progress` was made for. The gate is asked right before each DATA.
+/// Sends a composed message to the recipients that `progress` was made for. The gate is asked right before each DATA. Where its
+/// account's connections are limited, the session has one of the `seats`; without one nothing is sent.
 pub async fn send(
     pool: &Pool,
     route: &Route,
@@ -223,6 +224,7 @@ pub async fn send(
     message: &[u8],
     progress: &Progress,
     gate: &impl Gatekeeper,
+    seats: Option<&Arc<Seats>>,
 ) -> Report {
     let started = Instant::now();
     let mut report = Report::default();
@@ -231,10 +233,20 @@ pub async fn send(
     let mut kept = None;
     let mut fresh = false;
     loop {
-        let session = match kept.take() {
-            Some(session) => Ok(session),
-            None if fresh => pool.fresh_session(&route.destination, &route.account).await,
-            None => pool.session(&route.destination, &route.account).await,
+        let (destination, account) = (&route.destination, &route.account);
+        let session = match (kept.take(), seats) {
+            (Some(session), _) => Ok(session),
+            (None, None) if fresh => pool.fresh_session(destination, account).await,
+            (None, None) => pool.session(destination, account).await,
+            (None, Some(seats)) => match pool.seated_session(destination, account, seats, fresh).await {
+                Ok(Some(session)) => Ok(session),
+                Ok(None) => {
+                    report.shut = Some(Shut::Halted);
+                    report.later.extend(todo);
+                    break;
+                }
+                Err(failure) => Err(failure),
+            },
         };
         let mut session = match session {
             Ok(session) => session,

@@ -150,7 +150,7 @@ mod tests {
                 credentials: None,
                 from: Mailbox::parse("a@example.org").unwrap(),
             });
-            let route = Route { destination: Destination::Platform, account, health };
+            let route = Route { destination: Destination::Platform, account, health, limited: None };
             let address = Some(SocketAddr::from(([127, 0, 0, 1], 587)));
             let accepted = accepted.to_vec();
             absolution(&route, &Report { accepted, address, phase: Some(Phase::Rcpt), ..Report::default() })

@@ -8,6 +8,7 @@ use crate::model::ledger::{Claimed, Gate, GateAnswer};
 use crate::model::policy;
 
 use super::attempt::{Gatekeeper, Shut};
+use super::rates::Allowance;
 use super::worker::Worker;
 
 /// A claim so young is not asked once more whether its job was called back: asking costs each mail a statement, and most mails
@@ -21,11 +22,19 @@ pub(super) struct Gatekeeping<'a> {
     pub(super) claimed: &'a Claimed,
     /// When the attempt began.
     pub(super) since: Instant,
+    /// Where the account is limited: what it may send.
+    pub(super) allowance: Option<&'a Allowance>,
 }
 
 impl Gatekeeper for Gatekeeping<'_> {
     async fn pass(&self) -> Result<(), Shut> {
-        let Self { worker, job, claimed, since } = self;
+        let Self { worker, job, claimed, since, allowance } = self;
+        // First, for it can take a moment.
+        if let Some(allowance) = allowance
+            && !allowance.pass().await
+        {
+            return Err(Shut::Halted);
+        }
         if worker.incarnations.current() != Some(claimed.owner) {
             return Err(Shut::Halted);
         }

@@ -2,6 +2,7 @@
 //! Guarantee: this is the only place where the broker, the ledger and SMTP meet over a job.
 
 pub mod admission;
+mod aside;
 pub mod attempt;
 pub mod blame;
 mod conclude;
@@ -15,6 +16,8 @@ pub mod in_hand;
 pub mod lanes;
 pub mod probing;
 pub mod quarantine;
+mod rate;
+pub mod rates;
 mod recovery;
 pub mod route;
 pub mod settle;

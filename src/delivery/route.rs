@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::model::failure::Reason;
 use crate::model::health::Health;
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Limited;
 use crate::model::smtp_settings::{Destination, SmtpAccount};
 use crate::settings::CustomSmtp;
 use crate::store::{RouteFacts, StoredAccount, Unreadable};
@@ -20,6 +21,17 @@ pub struct Route {
     pub account: Arc<SmtpAccount>,
     /// What is known of the organization's configuration; nothing of the platform's.
     pub health: Health,
+    /// What its account is limited to, over all workers.
+    pub limited: Option<Limited>,
+}
+
+/// The platform's own server.
+#[derive(Debug, Clone)]
+pub struct PlatformServer {
+    /// How to reach it and in whose name.
+    pub account: Arc<SmtpAccount>,
+    /// What its account is limited to, over all workers.
+    pub limited: Option<Limited>,
 }
 
 /// Why there is no server for a job.
@@ -59,7 +71,7 @@ pub fn is_same(one: &Result<Route, NoServer>, other: &Result<Route, NoServer>) -
 pub fn route(
     own: Option<(&OrganizationId, &RouteFacts)>,
     mode: CustomSmtp,
-    platform: Option<&Arc<SmtpAccount>>,
+    platform: Option<&PlatformServer>,
 ) -> Result<Route, NoServer> {
     if let Some((id, facts)) = own
         && (facts.custom_smtp || mode == CustomSmtp::All)
@@ -70,17 +82,18 @@ pub fn route(
             }
             (StoredAccount::None, _) => {}
             (_, Some(reason)) => return Err(NoServer::Failing(reason)),
-            (StoredAccount::Ready { version, account }, None) => {
+            (StoredAccount::Ready { version, account, limited }, None) => {
                 let destination = Destination::Organization { id: id.clone(), version: *version };
-                return Ok(Route { destination, account: account.clone(), health: facts.health });
+                let (account, limited) = (account.clone(), *limited);
+                return Ok(Route { destination, account, health: facts.health, limited });
             }
             (StoredAccount::Unreadable { version, .. }, None) => {
                 return Err(NoServer::Unreadable { version: *version });
             }
         }
     }
-    let account = platform.ok_or(NoServer::Dead(Reason::ConfigMissing))?.clone();
-    Ok(Route { destination: Destination::Platform, account, health: Health::default() })
+    let PlatformServer { account, limited } = platform.ok_or(NoServer::Dead(Reason::ConfigMissing))?.clone();
+    Ok(Route { destination: Destination::Platform, account, health: Health::default(), limited })
 }
 
 #[cfg(test)]
@@ -111,14 +124,15 @@ mod tests {
         platform: bool,
     ) -> Result<String, NoServer> {
         let id = OrganizationId::parse("acme").unwrap();
-        let platform = platform.then(|| account("platform@example.com"));
+        let platform =
+            platform.then(|| PlatformServer { account: account("platform@example.com"), limited: None });
         let facts = RouteFacts { custom_smtp: flag, account: own, health };
         route(Some((&id, &facts)), mode, platform.as_ref()).map(|r| r.account.from.email.domain().to_owned())
     }
 
     #[test]
     fn the_flag_and_a_configuration_together_lead_to_the_organizations_server() {
-        let own = || StoredAccount::Ready { version: 3, account: account("a@acme.example") };
+        let own = || StoredAccount::Ready { version: 3, account: account("a@acme.example"), limited: None };
         let dead = |reason| Err(NoServer::Dead(reason));
         assert_eq!(taken(true, own(), CustomSmtp::Flagged, true).unwrap(), "acme.example");
         assert_eq!(taken(false, own(), CustomSmtp::Flagged, true).unwrap(), "example.com");
@@ -145,7 +159,7 @@ mod tests {
     fn a_failing_configuration_stops_its_organization_only_when_its_own_server_is_in_use() {
         let reason = Reason::AuthFailed;
         let health = Health { failing: Some(reason), ..Health::default() };
-        let ready = || StoredAccount::Ready { version: 3, account: account("a@acme.example") };
+        let ready = || StoredAccount::Ready { version: 3, account: account("a@acme.example"), limited: None };
         let cause = || Unreadable::UnknownKey { id: "k2".into() };
         let failing = |flag, own| routed(flag, own, health, CustomSmtp::Flagged, true);
         assert_eq!(failing(true, ready()), Err(NoServer::Failing(reason)));

@@ -19,7 +19,6 @@ use crate::model::job::{Job, JobKey};
 use crate::model::ledger::{Claim, ClaimAnswer, Claimed, HandOver, State};
 use crate::model::parking::{self, superseded};
 use crate::model::policy::{self, OrphanDisposition, RetryLimits, Verdict};
-use crate::model::smtp_settings::SmtpAccount;
 use crate::settings::CustomSmtp;
 use crate::shutdown::Shutdown;
 use crate::smtp::Pool;
@@ -27,17 +26,18 @@ use crate::smtp::compose;
 use crate::store::{ConfigCache, Incarnations, Ledger, Liveness, StoreError};
 use crate::telemetry;
 
-use super::admission::{Connections, heavily};
+use super::admission::{Connections, Start, Started, heavily};
 use super::attempt::{self, Progress, Report, Shut};
 use super::blame::{Blames, absolution};
 use super::conclude::recipients;
 use super::database::DatabaseWatch;
 use super::debts::Debt;
-use super::dispatch::{Admitted, Permit, Slot};
+use super::dispatch::Slot;
 use super::gatekeeping::Gatekeeping;
 use super::in_hand::{InHand, ServedLane};
 use super::quarantine::{Quarantine, Room, Turn};
-use super::route::{self, NoServer, Route};
+use super::rates::{Allowance, Rates};
+use super::route::{self, NoServer, PlatformServer, Route};
 use super::settle::Desk;
 use super::trail::{Stage, Trail};
 use super::weights::Weights;
@@ -83,6 +83,8 @@ pub struct Worker {
     pub blames: Blames,
     /// Room for great jobs.
     pub weights: Weights,
+    /// What providers allow.
+    pub rates: Rates,
     /// Who may work at the same time.
     pub quarantine: Quarantine,
     /// SMTP sessions.
@@ -94,7 +96,7 @@ pub struct Worker {
     /// Told when a configuration is sealed under a key that the ring lacks: the worker is then not ready.
     pub key_missing: Arc<Notify>,
     /// The platform's own server.
-    pub platform: Option<Arc<SmtpAccount>>,
+    pub platform: Option<PlatformServer>,
     /// Settings.
     pub limits: Limits,
     /// Time.
@@ -106,7 +108,7 @@ pub struct Worker {
 /// What is to be done with a delivery.
 enum TakeUp<'a> {
     /// Send it.
-    Work(Box<Claimed>, Route, Permit, Room<'a>),
+    Work(Box<Claimed>, Route, Started, Room<'a>),
     /// It is claimed, but will not be attempted.
     GiveUp(Box<Claimed>, Reason, String, Room<'a>),
     /// It is claimed, and its organization's configuration fails.
@@ -158,9 +160,9 @@ impl Worker {
             taken = self.take_up(&delivery, &job, slot, turn.as_ref()).await;
         }
         match taken {
-            Ok(TakeUp::Work(claimed, route, permit, _room)) => {
+            Ok(TakeUp::Work(claimed, route, started, _room)) => {
                 let limit = Quarantine::bound(turn.as_ref(), self.limits.attempt_timeout);
-                Box::pin(self.work(delivery, job, *claimed, route, permit, limit)).await;
+                Box::pin(self.work(delivery, job, *claimed, route, started, limit)).await;
             }
             Ok(TakeUp::GiveUp(mut claimed, reason, detail, _room)) => {
                 claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
@@ -223,15 +225,15 @@ impl Worker {
             let routed = self.route(job).await?;
             let now = self.clock.now();
             let in_time = !self.is_overdue(delivery) && !job.is_expired(now);
-            let permit = match &routed {
+            let started = match &routed {
                 Err(NoServer::KeyMissing(_)) if in_time => {
                     self.key_missing.notify_one();
                     return Ok(TakeUp::Aside(REFUSED_WAIT_S));
                 }
-                Ok(route) if in_time => match self.admit(delivery, job, route, slot).await {
-                    Some(Admitted::Go(permit)) => Some(permit),
-                    Some(Admitted::PutAside(delay_s)) => return Ok(TakeUp::Aside(delay_s)),
-                    None => return Ok(TakeUp::HandBack),
+                Ok(route) if in_time => match self.admit(delivery, job, route, slot).await? {
+                    Start::Go(started) => Some(started),
+                    Start::PutAside(delay_s) => return Ok(TakeUp::Aside(delay_s)),
+                    Start::Stopping => return Ok(TakeUp::HandBack),
                 },
                 _ => None,
             };
@@ -265,8 +267,8 @@ impl Worker {
                 self.desk.release(delivery.trail(), &job.key, &claimed).await;
                 continue;
             }
-            return Ok(match (routed, permit) {
-                (Ok(route), Some(permit)) => TakeUp::Work(claimed, route, permit, room),
+            return Ok(match (routed, started) {
+                (Ok(route), Some(started)) => TakeUp::Work(claimed, route, started, room),
                 (Err(NoServer::Dead(reason)), _) => {
                     TakeUp::GiveUp(claimed, reason, route::NONE.to_owned(), room)
                 }
@@ -285,29 +287,6 @@ impl Worker {
         let first_at = delivery.received().first_at;
         // A header says what it likes: only a difference of times is sure to be one.
         first_at.is_some_and(|first_at| self.clock.now() - first_at > self.limits.retry.max_age)
-    }
-
-    async fn route(&self, job: &Job) -> Result<Result<Route, NoServer>, StoreError> {
-        let facts = match &job.key.organization {
-            Some(organization) => Some(self.configs.get(organization).await?),
-            None => None,
-        };
-        let own = job.key.organization.as_ref().zip(facts.as_deref());
-        Ok(route::route(own, self.limits.custom_smtp, self.platform.as_ref()))
-    }
-
-    /// The route by the configuration as of the claim, or a newer one. Credentials that do not open are held against it.
-    async fn route_as_of(&self, job: &Job, claimed: &Claimed) -> Result<Result<Route, NoServer>, StoreError> {
-        let Some(organization) = &job.key.organization else { return self.route(job).await };
-        let Claimed { custom_smtp, config_version, config_failing, .. } = *claimed;
-        let facts = self.configs.confirm(organization, custom_smtp, config_version, config_failing).await?;
-        let own = Some((organization, &*facts));
-        let now = route::route(own, self.limits.custom_smtp, self.platform.as_ref());
-        let Err(NoServer::Unreadable { version }) = now else { return Ok(now) };
-        if self.blames.blame_unreadable(&self.desk, organization, version).await? {
-            return Ok(Err(NoServer::Failing(Reason::ConfigUnreadable)));
-        }
-        self.route(job).await
     }
 
     async fn claim(
@@ -399,7 +378,7 @@ impl Worker {
         mut job: Job,
         mut claimed: Claimed,
         route: Route,
-        permit: Permit,
+        started: Started,
         limit: Duration,
     ) {
         claimed.unknowns = policy::decide_orphan(&claimed, job.on_unknown).unknowns();
@@ -416,26 +395,31 @@ impl Worker {
         // A replay is dated when it was asked for: readers and filters take a letter of days ago for old mail.
         let date = claimed.counted_from();
         if let Err(refusal) = self.read_to_send(&delivery, &mut job) {
-            drop(permit);
+            drop(started);
             let detail = refusal.detail;
-            return self.desk.give_up(delivery, &job, claimed, Reason::Malformed, detail).await;
+            return Box::pin(self.desk.give_up(delivery, &job, claimed, Reason::Malformed, detail)).await;
         }
         let composing = || compose::compose(&job, &route.account.from, &claimed.message_id, date, max_bytes);
         let bytes = delivery.received().body.len();
         let message = match heavily(bytes, composing) {
             Ok(message) => message,
             Err(error) => {
-                drop(permit);
+                drop(started);
                 let detail = error.to_string();
                 return Box::pin(self.desk.give_up(delivery, &job, claimed, Reason::TooLarge, detail)).await;
             }
         };
         // They are in the message now, and an attempt can take minutes.
         job.attachments.clear();
+        let Started { permit, allowance } = started;
+        allowance.as_ref().inspect(|allowance| allowance.begin());
         let sending = async {
             fault::strike(Place::Attempt, &delivery.received().body);
-            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since: Instant::now() };
-            let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate).await;
+            let since = Instant::now();
+            let allowance = allowance.as_ref();
+            let gate = Gatekeeping { worker: self, job: &job, claimed: &claimed, since, allowance };
+            let seats = allowance.map(Allowance::seats);
+            let report = attempt::send(&self.pool, &route, &job, &message, &progress, &gate, seats).await;
             fault::strike(Place::Answered, &delivery.received().body);
             report
         };
@@ -447,6 +431,7 @@ impl Worker {
         if report.blamed.is_some() {
             delivery.trail().report(&report);
         }
+        drop(allowance);
         permit.finish(report.outcome());
         telemetry::attempt(route.destination.transport(), report.result(), report.reason());
         let absolution = absolution(&route, &report);

@@ -81,6 +81,7 @@ pub(super) const KEYS: &[(&str, Preset, Shown)] = &[
     ("platform.from_email", Preset::None, Shown::Yes),
     ("platform.from_name", Preset::None, Shown::Yes),
     ("platform.max_connections", Preset::Int(32), Shown::Yes),
+    ("platform.messages_per_minute", Preset::None, Shown::Yes),
     ("retry.schedule_s", Preset::Ints(&[10, 60, 300, 1800, 7200, 28800]), Shown::Yes),
     ("retry.max_age_s", Preset::Int(172_800), Shown::Yes),
     ("retry.parked_for_s", Preset::Int(86_400), Shown::Yes),

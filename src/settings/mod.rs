@@ -22,6 +22,7 @@ use secrecy::SecretString;
 pub use layers::Sources;
 
 use crate::model::lanes::Lane;
+use crate::model::provider::{Limited, Limits};
 use crate::model::schedule::Schedule;
 use crate::model::smtp_settings::SmtpAccount;
 
@@ -156,6 +157,8 @@ pub struct PlatformSettings {
     pub account: SmtpAccount,
     /// Ceiling of its window.
     pub max_connections: u32,
+    /// What its account is limited to, over all workers.
+    pub limited: Option<Limited>,
 }
 
 /// Retries.
@@ -295,6 +298,14 @@ impl Settings {
                 "egress.allow_plaintext_auth: SMTP passwords may travel over unencrypted connections"
                     .to_owned(),
             );
+        }
+        let limits =
+            self.platform.as_ref().and_then(|platform| platform.limited).map(|limited| limited.limits);
+        if let Some(Limits { provider: Some(provider), messages_per_minute: Some(count), .. }) = limits {
+            warnings.push(format!(
+                "platform.host: {provider} allows {count} messages a minute as far as is known, over all workers; where it \
+                 allows more, set platform.messages_per_minute"
+            ));
         }
         let name = &self.smtp.hello_name;
         if !name.contains('.') || name.starts_with("[127.") {

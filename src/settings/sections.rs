@@ -18,6 +18,7 @@ use super::{
     RetentionSettings, RetrySettings, Settings, SettingsError, SmtpSettings, hello, lanes,
 };
 use crate::model::address::{EmailAddress, Mailbox};
+use crate::model::provider::{Limited, Overrides};
 use crate::model::schedule::Schedule;
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use crate::model::text;
@@ -271,9 +272,14 @@ fn platform(reader: &mut Reader<'_>) -> Option<PlatformSettings> {
         reader.parsed("platform.from_email", "an email address", |text| EmailAddress::parse(text).ok());
     let name = reader.text("platform.from_name");
     let max_connections = reader.int("platform.max_connections", 1..=10_000);
+    let per_minute = match reader.is_set("platform.messages_per_minute") {
+        true => Some(reader.int("platform.messages_per_minute", 0..=1_000_000)),
+        false => None,
+    };
 
     if !reader.is_set("platform.host") || reader.text("platform.host").is_none() {
-        let others = ["port", "secure", "username", "password", "from_email", "from_name"];
+        let others =
+            ["port", "secure", "username", "password", "from_email", "from_name", "messages_per_minute"];
         for key in others.map(|name| format!("platform.{name}")) {
             if reader.is_set(&key) {
                 reader.problem(format!(
@@ -303,7 +309,20 @@ fn platform(reader: &mut Reader<'_>) -> Option<PlatformSettings> {
     }
     let from = platform_sender(reader, name, email?)?;
     let account = SmtpAccount { host: host?, port, tls: TlsMode::new(port, secure), credentials, from };
-    Some(PlatformSettings { account, max_connections })
+    let limited = platform_limited(&account, per_minute);
+    Some(PlatformSettings { account, max_connections, limited })
+}
+
+/// What is known of the host's provider, but for the rate where the operator says another, or 0: none.
+fn platform_limited(account: &SmtpAccount, per_minute: Option<u32>) -> Option<Limited> {
+    let username = account.credentials.as_ref().map(Credentials::username);
+    let overrides = Overrides { messages_per_minute: per_minute, ..Overrides::default() };
+    let mut limited = Limited::of(&account.host, username, overrides)?;
+    if per_minute == Some(0) {
+        limited.limits.messages_per_minute = None;
+        limited.limits.max_connections?;
+    }
+    Some(limited)
 }
 
 fn platform_sender(reader: &mut Reader<'_>, name: Option<String>, email: EmailAddress) -> Option<Mailbox> {

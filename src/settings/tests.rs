@@ -182,6 +182,25 @@ fn keys_of_the_file_follow_those_of_the_setting() {
 }
 
 #[test]
+fn the_platforms_rate_is_its_providers_unless_the_operator_says_another_or_none() {
+    let limits = |host: &str, more: &str| {
+        let file = format!("[platform]\nhost = \"{host}\"\nfrom_email = \"a@b.c\"\n{more}");
+        let settings = read(&file, &[]).unwrap();
+        let warned = settings.warnings().iter().any(|warning| warning.starts_with("platform.host: "));
+        let limited = settings.platform.unwrap().limited.map(|limited| limited.limits);
+        (limited.map(|limits| (limits.max_connections, limits.messages_per_minute)), warned)
+    };
+    assert_eq!(limits("smtp.office365.com", ""), (Some((Some(3), Some(30))), true));
+    let own = "messages_per_minute = 900";
+    assert_eq!(limits("smtp.office365.com", own), (Some((Some(3), Some(900))), false));
+    assert_eq!(limits("smtp.office365.com", "messages_per_minute = 0"), (Some((Some(3), None)), false));
+    assert_eq!(limits("smtp.gmail.com", "messages_per_minute = 0"), (None, false));
+    assert_eq!(limits("mail.example.org", ""), (None, false));
+    assert_eq!(limits("mail.example.org", own), (Some((None, Some(900))), false));
+    assert!(refusal("[platform]\nmessages_per_minute = 5", &[]).contains("platform.host is not"));
+}
+
+#[test]
 fn a_platform_server_is_whole_or_absent() {
     assert!(read("", &[]).unwrap().platform.is_none());
     let host = "[platform]\nhost = \"Mail.Example.org\"\n";
@@ -190,6 +209,7 @@ fn a_platform_server_is_whole_or_absent() {
     let platform = read(&sender, &[]).unwrap().platform.unwrap();
     assert_eq!((platform.account.host.as_str(), platform.account.port), ("mail.example.org", 587));
     assert!(platform.account.credentials.is_none() && platform.max_connections == 32);
+    assert!(platform.limited.is_none());
     assert!(refusal(&format!("{sender}username = \"u\""), &[]).contains("platform.password is missing"));
     assert!(refusal(&format!("{sender}password = \"u\""), &[]).contains("platform.username is missing"));
     assert!(refusal("[platform]\nfrom_email = \"a@b.c\"", &[]).contains("platform.host is not"));
@@ -259,7 +279,10 @@ fn risky_settings_are_warned_of() {
 
 #[test]
 fn every_key_of_the_table_is_read() {
-    let sources = sources("[platform]\nhost = \"h.example\"\nport = 25\nfrom_email = \"a@b.c\"", &[]);
+    let sources = sources(
+        "[platform]\nhost = \"h.example\"\nport = 25\nfrom_email = \"a@b.c\"\nmessages_per_minute = 5",
+        &[],
+    );
     let layers = Layers::new(&sources, &mut Vec::new());
     let mut reader = Reader::new(&layers, Vec::new());
     sections::read_with(&mut reader, &layers, &sources, Needs::ALL);

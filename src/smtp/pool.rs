@@ -1,6 +1,6 @@
 //! Sessions kept for the next message, per destination.
 //! Guarantee: a session comes back only by [`PooledSession::release`] and only in good order; dropped at any point it is
-//! closed, so no answer is ever read by the wrong message.
+//! closed, so no answer is ever read by the wrong message. A session that needed a seat has it until it is closed.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,6 +11,7 @@ use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
 use super::connect::SmtpConnector;
+use super::seats::{Seat, Seats};
 use super::session::{Envelope, FinalDot, Session, SessionFacts};
 use crate::model::failure::{Failure, Transaction};
 use crate::model::smtp_settings::{Destination, SmtpAccount};
@@ -18,6 +19,8 @@ use crate::model::smtp_settings::{Destination, SmtpAccount};
 /// How often idle sessions are looked at, at the least and at the most.
 const SWEEP_MIN: Duration = Duration::from_millis(20);
 const SWEEP_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for a seat. Who may begin to send has one coming; it waits for a goodbye at most.
+const SEAT_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a session is kept.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +62,15 @@ struct Slot {
 struct Idle {
     session: Session,
     since: Instant,
+    seat: Option<Seat>,
+}
+
+impl Idle {
+    /// Says goodbye; the seat comes back behind it.
+    async fn quit(self) {
+        self.session.quit().await;
+        drop(self.seat);
+    }
 }
 
 impl Slot {
@@ -72,6 +84,8 @@ pub struct PooledSession {
     session: Session,
     slot: Arc<Slot>,
     pool: Pool,
+    /// Behind the session: it comes back when that is closed.
+    seat: Option<Seat>,
     _active: Active,
 }
 
@@ -116,12 +130,67 @@ impl Pool {
         account: &SmtpAccount,
     ) -> Result<PooledSession, Failure> {
         let slot = self.0.slot(destination);
-        while let Some(session) = self.0.take_idle(&slot) {
-            if session.is_quiet() {
-                return Ok(self.in_use(session, slot));
+        match self.reused(&slot) {
+            Some(session) => Ok(session),
+            None => self.open(destination, account, slot, None).await,
+        }
+    }
+
+    /// A session for the destination that has one of these seats, a new one where `fresh` says so. `None` when no seat comes
+    /// free in time.
+    ///
+    /// # Errors
+    /// The failure of opening a new one.
+    pub async fn seated_session(
+        &self,
+        destination: &Destination,
+        account: &SmtpAccount,
+        seats: &Arc<Seats>,
+        fresh: bool,
+    ) -> Result<Option<PooledSession>, Failure> {
+        let slot = self.0.slot(destination);
+        if let (false, Some(session)) = (fresh, self.reused(&slot)) {
+            return Ok(Some(session));
+        }
+        match timeout(SEAT_WAIT, self.seat(seats)).await {
+            Ok(seat) => self.open(destination, account, slot, Some(seat)).await.map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Closes idle sessions that have one of these seats while there are more of them than there may be. Ends behind their
+    /// goodbyes.
+    pub async fn trim(&self, seats: &Arc<Seats>) {
+        while seats.is_crowded()
+            && let Some(idle) = self.0.take_seated(seats)
+        {
+            idle.quit().await;
+        }
+    }
+
+    /// A seat that is free, or that of an idle session, whichever destination it was for.
+    async fn seat(&self, seats: &Arc<Seats>) -> Seat {
+        loop {
+            let mut changed = std::pin::pin!(seats.changed());
+            changed.as_mut().enable();
+            if let Some(seat) = seats.take() {
+                return seat;
+            }
+            match self.0.take_seated(seats) {
+                Some(idle) => idle.quit().await,
+                None => changed.await,
             }
         }
-        self.open(destination, account, slot).await
+    }
+
+    /// An idle session in good order.
+    fn reused(&self, slot: &Arc<Slot>) -> Option<PooledSession> {
+        while let Some(idle) = self.0.take_idle(slot) {
+            if idle.session.is_quiet() {
+                return Some(self.in_use(idle, slot.clone()));
+            }
+        }
+        None
     }
 
     /// A new session, whatever is idle: for a message whose reused session turned out to be gone.
@@ -134,7 +203,7 @@ impl Pool {
         account: &SmtpAccount,
     ) -> Result<PooledSession, Failure> {
         let slot = self.0.slot(destination);
-        self.open(destination, account, slot).await
+        self.open(destination, account, slot, None).await
     }
 
     /// Closes the idle sessions of a destination that will not come again, say a superseded configuration version;
@@ -143,8 +212,8 @@ impl Pool {
         self.0.connector.forget(destination);
         let slot = self.0.slots().remove(destination);
         if let Some(slot) = slot {
-            for session in self.0.retire(&slot) {
-                tokio::spawn(session.quit());
+            for idle in self.0.retire(&slot) {
+                tokio::spawn(idle.quit());
             }
         }
     }
@@ -153,17 +222,17 @@ impl Pool {
     pub async fn close_all(&self, limit: Duration) {
         self.0.closed.store(true, Ordering::SeqCst);
         let slots: Vec<Arc<Slot>> = self.0.slots().drain().map(|(_, slot)| slot).collect();
-        let sessions = slots.iter().flat_map(|slot| self.0.retire(slot));
+        let idle = slots.iter().flat_map(|slot| self.0.retire(slot));
         // Whoever has not answered by then is closed without a goodbye.
-        let _ = timeout(limit, join_all(sessions.map(Session::quit))).await;
+        let _ = timeout(limit, join_all(idle.map(Idle::quit))).await;
     }
 
     /// Closes the session that has been idle for longest, to make room for another destination's; whether there was one.
     pub fn close_longest_idle(&self) -> bool {
-        let session = self.0.longest_idle();
-        let found = session.is_some();
-        if let Some(session) = session {
-            tokio::spawn(session.quit());
+        let idle = self.0.longest_idle();
+        let found = idle.is_some();
+        if let Some(idle) = idle {
+            tokio::spawn(idle.quit());
         }
         found
     }
@@ -183,16 +252,17 @@ impl Pool {
         destination: &Destination,
         account: &SmtpAccount,
         slot: Arc<Slot>,
+        seat: Option<Seat>,
     ) -> Result<PooledSession, Failure> {
         // The worker's sessions are those in use, which the dispatcher bounds, and the idle ones, which give way.
         while self.active() + self.idle() >= self.0.limits.max_sessions && self.close_longest_idle() {}
         let active = Active::new(&self.0.counts);
         let session = self.0.connector.open(destination, account).await?;
-        Ok(PooledSession { session, slot, pool: self.clone(), _active: active })
+        Ok(PooledSession { session, slot, pool: self.clone(), seat, _active: active })
     }
 
-    fn in_use(&self, session: Session, slot: Arc<Slot>) -> PooledSession {
-        PooledSession { session, slot, pool: self.clone(), _active: Active::new(&self.0.counts) }
+    fn in_use(&self, Idle { session, seat, .. }: Idle, slot: Arc<Slot>) -> PooledSession {
+        PooledSession { session, slot, pool: self.clone(), seat, _active: Active::new(&self.0.counts) }
     }
 }
 
@@ -209,13 +279,24 @@ impl Inner {
         }
     }
 
-    fn take_idle(&self, slot: &Slot) -> Option<Session> {
+    fn take_idle(&self, slot: &Slot) -> Option<Idle> {
         let idle = slot.idle().pop()?;
         self.counts.idle.fetch_sub(1, Ordering::Relaxed);
-        Some(idle.session)
+        Some(idle)
     }
 
-    fn longest_idle(&self) -> Option<Session> {
+    fn take_seated(&self, seats: &Arc<Seats>) -> Option<Idle> {
+        let slots = self.slots();
+        slots.values().find_map(|slot| {
+            let mut idle = slot.idle();
+            let place =
+                idle.iter().position(|idle| idle.seat.as_ref().is_some_and(|seat| seat.is_of(seats)))?;
+            self.counts.idle.fetch_sub(1, Ordering::Relaxed);
+            Some(idle.remove(place))
+        })
+    }
+
+    fn longest_idle(&self) -> Option<Idle> {
         let slots = self.slots();
         let oldest = |slot: &Arc<Slot>| slot.idle().first().map(|idle| idle.since);
         let (_, slot) =
@@ -225,38 +306,40 @@ impl Inner {
             return None;
         }
         self.counts.idle.fetch_sub(1, Ordering::Relaxed);
-        Some(idle.remove(0).session)
+        Some(idle.remove(0))
     }
 
-    fn retire(&self, slot: &Slot) -> Vec<Session> {
+    fn retire(&self, slot: &Slot) -> Vec<Idle> {
         let mut idle = slot.idle();
         slot.retired.store(true, Ordering::SeqCst);
         self.counts.idle.fetch_sub(idle.len(), Ordering::Relaxed);
-        idle.drain(..).map(|idle| idle.session).collect()
+        idle.drain(..).collect()
     }
 
     /// Takes a session back unless it is worn, doubtful or no longer wanted; then it is given back to be closed.
-    fn put_back(&self, slot: &Slot, session: Session) -> Option<Session> {
+    fn put_back(&self, slot: &Slot, used: Idle) -> Option<Idle> {
+        let session = &used.session;
         let worn = session.transactions() >= self.limits.max_messages_per_connection;
         let mut idle = slot.idle();
-        let unwanted = slot.retired.load(Ordering::SeqCst) || self.closed.load(Ordering::SeqCst);
+        let crowded = used.seat.as_ref().is_some_and(Seat::is_crowded);
+        let unwanted = crowded || slot.retired.load(Ordering::SeqCst) || self.closed.load(Ordering::SeqCst);
         if worn || unwanted || !session.is_usable() {
-            return Some(session);
+            return Some(used);
         }
         self.counts.idle.fetch_add(1, Ordering::Relaxed);
-        idle.push(Idle { session, since: Instant::now() });
+        idle.push(used);
         None
     }
 
     /// Takes out what has been idle for too long, drops what the server has closed, and forgets slots that nobody uses.
-    fn expired(&self) -> Vec<Session> {
+    fn expired(&self) -> Vec<Idle> {
         let now = Instant::now();
         let mut expired = Vec::new();
         self.slots().retain(|_, slot| {
             let mut idle = slot.idle();
             let before = idle.len();
             let fresh_from = idle.partition_point(|idle| now - idle.since >= self.limits.idle_timeout);
-            expired.extend(idle.drain(..fresh_from).map(|idle| idle.session));
+            expired.extend(idle.drain(..fresh_from));
             idle.retain(|idle| idle.session.is_quiet());
             self.counts.idle.fetch_sub(before - idle.len(), Ordering::Relaxed);
             // Under the lock of the map nobody can get hold of the slot meanwhile.
@@ -271,8 +354,8 @@ async fn sweep(pool: Weak<Inner>, idle_timeout: Duration) {
     loop {
         tokio::time::sleep(every).await;
         let Some(pool) = pool.upgrade() else { return };
-        for session in pool.expired() {
-            tokio::spawn(session.quit());
+        for idle in pool.expired() {
+            tokio::spawn(idle.quit());
         }
     }
 }
@@ -306,16 +389,22 @@ impl PooledSession {
     /// Ends the session in good order, however usable it is.
     pub fn close(self) {
         if self.session.is_usable() {
-            tokio::spawn(self.session.quit());
+            tokio::spawn(self.into_idle().0.quit());
         }
     }
 
     /// Gives the session back for the next message; one that is worn or doubtful is closed instead.
     pub fn release(self) {
-        if let Some(session) = self.pool.0.put_back(&self.slot, self.session)
-            && session.is_usable()
+        let (pool, slot) = (self.pool.clone(), self.slot.clone());
+        if let Some(idle) = pool.0.put_back(&slot, self.into_idle().0)
+            && idle.session.is_usable()
         {
-            tokio::spawn(session.quit());
+            tokio::spawn(idle.quit());
         }
+    }
+
+    /// No message is carried any more. Its place among those in use is given up by dropping the other half.
+    fn into_idle(self) -> (Idle, Active) {
+        (Idle { session: self.session, since: Instant::now(), seat: self.seat }, self._active)
     }
 }

@@ -13,6 +13,7 @@ mod features;
 mod incarnation;
 mod leases;
 mod ledger;
+mod rates;
 pub(crate) mod retrying;
 mod sealed_keys;
 mod smtp_configs;
@@ -39,6 +40,7 @@ pub use dead_letters::{
 };
 pub use incarnation::{DEAD_AFTER, Incarnations, Liveness};
 pub use ledger::{Ledger, Sweep, Sweeper};
+pub use rates::{RATE_LEASE, RateAsk, RateSlice};
 pub use sealed_keys::{
     KeyUsage, Resealed, Resealer, SealedReport, SealedRows, SealedTable, Stale, StalePage, Unsealed,
 };

@@ -21,13 +21,14 @@ pub use sending::{RouteFacts, StoredAccount, Unreadable};
 use super::{Store, StoreError};
 use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Overrides;
 use crate::secrets::KeyRing;
 
 /// Named one by one: the plan of a `*` breaks in a running worker when a newer program adds a column.
 macro_rules! shown_columns {
     () => {
         "version, from_email, from_name, host, port, secure, last_test_at, last_test_ok, last_test_code, created_at, \
-         updated_at, failing_since, failing_reason, failing_hint"
+         updated_at, failing_since, failing_reason, failing_hint, max_connections, messages_per_minute"
     };
 }
 
@@ -82,6 +83,8 @@ pub struct SmtpConfig {
     pub port: u16,
     /// Whether TLS must be on offer.
     pub secure: bool,
+    /// What it says of the provider's limits.
+    pub overrides: Overrides,
     /// The last connection test of this host and these credentials.
     pub last_test: Option<LastTest>,
     /// What is wrong with it, while its mail is parked.
@@ -177,6 +180,8 @@ struct ConfigRow {
     failing_since: Option<OffsetDateTime>,
     failing_reason: Option<String>,
     failing_hint: Option<String>,
+    max_connections: Option<i32>,
+    messages_per_minute: Option<i32>,
 }
 
 impl ConfigRow {
@@ -189,6 +194,7 @@ impl ConfigRow {
             host: self.host,
             port: port_from(self.port)?,
             secure: self.secure,
+            overrides: overrides_from(self.max_connections, self.messages_per_minute),
             last_test: last_test.map(|(at, ok)| LastTest { at, ok, code: self.last_test_code }),
             failing: self.failing_since.map(|since| Failing {
                 since,
@@ -208,6 +214,11 @@ pub(super) fn reason_from(stored: Option<&str>) -> Reason {
 
 fn port_from(stored: i32) -> Result<u16, StoreError> {
     u16::try_from(stored).map_err(|_| StoreError::Internal(format!("{stored} is stored as a port")))
+}
+
+fn overrides_from(max_connections: Option<i32>, messages_per_minute: Option<i32>) -> Overrides {
+    let count = |stored: Option<i32>| stored.map(i32::unsigned_abs);
+    Overrides { max_connections: count(max_connections), messages_per_minute: count(messages_per_minute) }
 }
 
 /// Whether a row of the outer join has a configuration in it.

@@ -24,6 +24,7 @@ const CONTROL_COMMANDS: &str = "sendoff_control_commands_total";
 const LEDGER_BATCH: &str = "sendoff_ledger_batch_size";
 const BROKER_CONNECTED: &str = "sendoff_broker_connected";
 const DATABASE_UP: &str = "sendoff_database_up";
+const PROVIDER_WAITS: &str = "sendoff_provider_waits_total";
 const SETTLES_MISSED: &str = "sendoff_settles_missed_total";
 const DELIVERIES_DROPPED: &str = "sendoff_deliveries_dropped_total";
 const PANICS: &str = "sendoff_panics_total";
@@ -142,6 +143,7 @@ fn describe() {
     describe_histogram!(LEDGER_BATCH, "Rows in one statement of the ledger");
     describe_gauge!(BROKER_CONNECTED, "1 while connected to RabbitMQ");
     describe_gauge!(DATABASE_UP, "1 while PostgreSQL answers");
+    describe_counter!(PROVIDER_WAITS, "Jobs put aside until their provider's limit allows them, by limit");
     describe_counter!(SETTLES_MISSED, "Outcomes not recorded because another worker had taken the job over");
     describe_counter!(DELIVERIES_DROPPED, "Deliveries dropped unsettled, which went back to their queue");
     describe_counter!(PANICS, "Panics, each a defect; what it happened over was settled all the same");
@@ -303,6 +305,11 @@ pub fn ledger_batch(rows: usize) {
     }
 }
 
+/// A job was put aside for its provider's limit: `messages` or `connections`. `transport` is as in [`attempt`].
+pub fn waits_for_provider(transport: &'static str, limit: &'static str) {
+    counter!(PROVIDER_WAITS, "transport" => transport, "limit" => limit).increment(1);
+}
+
 /// An outcome was not recorded because another worker had taken the job over.
 pub fn settle_missed() {
     counter!(SETTLES_MISSED).increment(1);
@@ -355,6 +362,7 @@ mod tests {
         egress_refused("loopback");
         control_command("smtp_config.get", "ok");
         ledger_batch(12);
+        waits_for_provider("organization", "messages");
         broker_connected(true);
         metrics.upkeep();
         let text = metrics.render();
@@ -375,6 +383,7 @@ mod tests {
             "sendoff_egress_refused_total{reason=\"loopback\"} ",
             "sendoff_control_commands_total{command=\"smtp_config.get\",code=\"ok\"} ",
             "sendoff_ledger_batch_size_count ",
+            "sendoff_provider_waits_total{transport=\"organization\",limit=\"messages\"} ",
             "sendoff_broker_connected ",
             "sendoff_database_up ",
             "sendoff_build_info{version=",

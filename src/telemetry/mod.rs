@@ -10,6 +10,6 @@ pub use logs::{COMMAND_FILTER, InvalidFilter, WORKER_FILTER, start_logs};
 pub use metric::{
     AttemptResult, ConnectionState, LaneMetrics, Metrics, MetricsTaken, Outcome, attempt, broker_connected,
     connections, control_command, database_up, dead_letters, delivery_dropped, dispatch, egress_refused,
-    lane, ledger_batch, organizations_parked, phase, settle_missed,
+    lane, ledger_batch, organizations_parked, phase, settle_missed, waits_for_provider,
 };
 pub use panics::report_panics;

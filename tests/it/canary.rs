@@ -541,6 +541,7 @@ fn no_public_type_shows_what_it_holds() {
         port: 587,
         secure: true,
         credentials: credentials(),
+        overrides: sendoff::model::provider::Overrides::default(),
     };
     let patch = SmtpConfigPatch {
         username: Some(text(USERNAME)),
@@ -568,7 +569,7 @@ fn no_public_type_shows_what_it_holds() {
     };
     let settings = Settings::from_sources(&sources, Needs::ALL);
     let account = Arc::new(account);
-    let stored = StoredAccount::Ready { version: 1, account: account.clone() };
+    let stored = StoredAccount::Ready { version: 1, account: account.clone(), limited: None };
     let facts = RouteFacts { health: Default::default(), custom_smtp: true, account: stored.clone() };
     let mut collected = Collected::default();
     collected.add("Credentials", format!("{:?} {:#?}", credentials(), credentials()));

@@ -125,7 +125,7 @@ async fn under(world: &World, key: &str) -> i64 {
 async fn opened(world: &World, keys: &str, id: &str) -> (i64, String, String) {
     let configs = SmtpConfigs::new(world.database.store(), ring(keys));
     let facts = configs.load_for_sending(&organization(id)).await.expect("the database answers");
-    let StoredAccount::Ready { version, account } = facts.account else { panic!("{id}: {facts:?}") };
+    let StoredAccount::Ready { version, account, .. } = facts.account else { panic!("{id}: {facts:?}") };
     let credentials = account.credentials.as_ref().expect("credentials");
     (version, credentials.username().to_owned(), credentials.password().to_owned())
 }

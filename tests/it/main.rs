@@ -32,6 +32,7 @@ mod parking;
 #[cfg(feature = "fault-injection")]
 mod poison;
 mod prompting;
+mod rates;
 mod releasing;
 mod replay;
 mod replies;

@@ -13,6 +13,7 @@ use super::request::{ACTOR_MAX, BODY_MAX, Command};
 use super::smtp_params::{CREDENTIAL_MAX, NAME_MAX};
 use crate::model::address::ADDRESS_MAX;
 use crate::model::job::Revision;
+use crate::model::provider::{CONNECTIONS_RANGE, PER_MINUTE_RANGE};
 use crate::model::schema::{DIALECT, NO_CONTROLS, definition, or_null, organization_id, uuid};
 
 /// The document's name.
@@ -112,7 +113,7 @@ fn about(command: Command) -> &'static str {
         }
         Command::SmtpConfigTest => {
             "Tests the connection and sends nothing. Without params, the stored configuration; else the given fields laid over \
-             the stored ones, all but secure being needed where nothing is stored. Another host, or secure turned off, takes the \
+             the stored ones, all but secure and the limits being needed where nothing is stored. Another host, or secure turned off, takes the \
              password again. A test that was carried out and failed is a result with ok false. Errors: rate_limited."
         }
         Command::SendTestEmail => {
@@ -179,7 +180,14 @@ fn rule(command: Command) -> Option<Value> {
 
 /// What makes a configuration.
 fn fields(is_required: bool) -> Vec<Param> {
-    let field = |name, schema| Param { name, is_required: is_required && name != "secure", schema };
+    let optional = ["secure", "max_connections", "messages_per_minute"];
+    let field = |name, schema| Param { name, is_required: is_required && !optional.contains(&name), schema };
+    let limit = |description: &str, range: &std::ops::RangeInclusive<u32>| {
+        json!({
+            "description": format!("{description} null: what is known of the provider."),
+            "type": ["integer", "null"], "minimum": range.start(), "maximum": range.end(),
+        })
+    };
     let credential = |description: &str| {
         json!({
             "description": format!("{description} At most {CREDENTIAL_MAX} bytes, without control characters. No answer holds it."),
@@ -216,6 +224,14 @@ fn fields(is_required: bool) -> Vec<Param> {
             json!({
                 "description": "Whether the server must offer TLS.", "type": "boolean", "default": true,
             }),
+        ),
+        field(
+            "max_connections",
+            limit("Connections that the account may have at once, over all workers.", &CONNECTIONS_RANGE),
+        ),
+        field(
+            "messages_per_minute",
+            limit("Messages that the account may send in a minute, over all workers.", &PER_MINUTE_RANGE),
         ),
     ]
 }

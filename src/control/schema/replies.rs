@@ -94,6 +94,7 @@ fn configuration() -> Value {
         "host": {"type": "string"},
         "port": {"type": "integer", "minimum": 1, "maximum": u16::MAX},
         "secure": {"type": "boolean"},
+        "limits": limits(),
         "last_test": or_null(&object("The last connection test of this host and these credentials.", last_test, &[])),
         "status": {
             "description": "failing: its mail waits (parked) until a connection test succeeds.", "enum": ["ok", "failing"],
@@ -101,7 +102,18 @@ fn configuration() -> Value {
         "created_at": time(),
         "updated_at": time(),
     });
-    object("A configuration, without user name and password.", properties, &[])
+    object("A configuration, without user name and password.", properties, &["limits"])
+}
+
+fn limits() -> Value {
+    let limit =
+        |description: &str| json!({"description": description, "type": ["integer", "null"], "minimum": 1});
+    let properties = json!({
+        "max_connections": limit("Connections at once; null: not limited."),
+        "messages_per_minute": limit("Messages a minute; null: not limited."),
+        "source": {"description": "The provider by whose known limits it is so, or configuration.", "type": "string"},
+    });
+    object("What the account is limited to, over all workers; left out where it is not.", properties, &[])
 }
 
 fn test_report() -> Value {

@@ -13,6 +13,7 @@ use crate::control::request::Request;
 use crate::control::smtp_config_get::view;
 use crate::control::smtp_params::SmtpParams;
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Overrides;
 use crate::store::{LastTest, SmtpConfig};
 
 const ID: &str = "0198c0de-0000-7000-8000-000000000001";
@@ -58,7 +59,7 @@ fn every_command_is_described_with_its_parameters_and_no_others() {
 fn a_command_that_is_understood_fits_the_schema() {
     let whole = json!({
         "from_email": "a@example.org", "from_name": "A", "host": "smtp.example.org", "port": 587, "username": "u",
-        "password": "p ä", "secure": false,
+        "password": "p ä", "secure": false, "max_connections": 3, "messages_per_minute": null,
     });
     let mut versioned = whole.clone();
     versioned["if_version"] = json!(7);
@@ -123,6 +124,8 @@ fn what_the_reader_refuses_does_not_fit() {
         update(json!({"password": "a\nb"})),
         update(json!({"password": "x".repeat(1025)})),
         update(json!({"secure": 1})),
+        update(json!({"max_connections": 0})),
+        update(json!({"messages_per_minute": "30"})),
         update(json!({"hots": "smtp.example.org"})),
     ] {
         assert!(by_the_reader(&body).is_err(), "the reader takes {body}");
@@ -161,6 +164,7 @@ fn replies_are_of_the_described_form() {
         host: "smtp.example.org".into(),
         port: 587,
         secure: true,
+        overrides: Overrides { messages_per_minute: Some(30), ..Overrides::default() },
         last_test: Some(last_test),
         failing: None,
         created_at: at,

@@ -9,6 +9,7 @@ use super::{ConfigRow, SmtpConfig, SmtpConfigs, note_recovery, shown_columns};
 use crate::model::address::EmailAddress;
 use crate::model::failure::Reason;
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Overrides;
 use crate::model::smtp_settings::Credentials;
 use crate::secrets::{Context, Field};
 use crate::store::audit::{self, AuditEntry};
@@ -44,6 +45,8 @@ pub struct NewSmtpConfig {
     pub secure: bool,
     /// SMTP user name and password.
     pub credentials: Credentials,
+    /// What it says of the provider's limits.
+    pub overrides: Overrides,
 }
 
 /// What an update changes; `None` keeps what is stored. All values are checked.
@@ -63,6 +66,10 @@ pub struct SmtpConfigPatch {
     pub username: Option<SecretString>,
     /// SMTP password.
     pub password: Option<SecretString>,
+    /// Its own limit of connections; `Some(None)` for that of the provider.
+    pub max_connections: Option<Option<u32>>,
+    /// Its own limit of messages a minute; `Some(None)` for that of the provider.
+    pub messages_per_minute: Option<Option<u32>>,
 }
 
 impl SmtpConfigPatch {
@@ -208,7 +215,9 @@ impl SmtpConfigs {
                  unreachable_since = NULL, unreachable_at = NULL,
                  probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE probes END,
                  long_probes = CASE WHEN $12 OR ($11 AND failing_since IS NULL) THEN 0 ELSE long_probes END,
-                 next_probe_at = CASE WHEN failing_since IS NOT NULL THEN now() END
+                 next_probe_at = CASE WHEN failing_since IS NOT NULL THEN now() END,
+                 max_connections = CASE WHEN $13 THEN $14 ELSE max_connections END,
+                 messages_per_minute = CASE WHEN $15 THEN $16 ELSE messages_per_minute END
              WHERE organization_id = $1 RETURNING ",
             shown_columns!()
         ))
@@ -224,6 +233,10 @@ impl SmtpConfigs {
         .bind(patch.touches_connection())
         .bind(patch.starts_anew())
         .bind(may_mend)
+        .bind(patch.max_connections.is_some())
+        .bind(stored(patch.max_connections.flatten()))
+        .bind(patch.messages_per_minute.is_some())
+        .bind(stored(patch.messages_per_minute.flatten()))
         .fetch_one(tx.connection())
         .await
     }
@@ -246,8 +259,8 @@ async fn create(
     }
     let row: ConfigRow = sqlx::query_as(concat!(
         "INSERT INTO smtp_configs (organization_id, version, from_email, from_name, host, port, secure,
-             username_sealed, password_sealed)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING ",
+             username_sealed, password_sealed, max_connections, messages_per_minute)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) RETURNING ",
         shown_columns!()
     ))
     .bind(organization.as_str())
@@ -259,6 +272,8 @@ async fn create(
     .bind(new.secure)
     .bind(username)
     .bind(password)
+    .bind(stored(new.overrides.max_connections))
+    .bind(stored(new.overrides.messages_per_minute))
     .fetch_one(tx.connection())
     .await?;
     let config = row.into_config()?;
@@ -288,6 +303,11 @@ async fn current(tx: &mut Tx, organization: &OrganizationId) -> Result<Option<Co
         .bind(organization.as_str())
         .fetch_optional(tx.connection())
         .await
+}
+
+/// What is given has been checked to fit.
+fn stored(limit: Option<u32>) -> Option<i32> {
+    limit.and_then(|limit| i32::try_from(limit).ok())
 }
 
 async fn next_version(tx: &mut Tx, organization: &OrganizationId) -> Result<i64, sqlx::Error> {

@@ -5,17 +5,18 @@ use std::sync::Arc;
 
 use sqlx::{FromRow, Row};
 
-use super::{SmtpConfigs, has_config, port_from, reason_from};
+use super::{SmtpConfigs, has_config, overrides_from, port_from, reason_from};
 use crate::model::address::{EmailAddress, Mailbox};
 use crate::model::health::Health;
 use crate::model::organization::OrganizationId;
+use crate::model::provider::Limited;
 use crate::model::smtp_settings::{Credentials, SmtpAccount, TlsMode};
 use crate::secrets::{Context, Field, OpenError};
 use crate::store::{ACQUIRE_BOUND, StoreError};
 
 const SEALED: &str =
     "SELECT custom_smtp, version, from_email, from_name, host, port, secure, username_sealed, password_sealed,
-         worked_at IS NOT NULL AS worked, failing_since IS NOT NULL AS failing, failing_reason,
+         max_connections, messages_per_minute, worked_at IS NOT NULL AS worked, failing_since IS NOT NULL AS failing, failing_reason,
          unreachable_since IS NOT NULL AS unreached,
          strikes > 0 OR probes > 0 OR long_probes > 0 OR unreachable_since IS NOT NULL
              OR (worked_at IS NOT NULL AND NOT proven) AS blemished
@@ -44,6 +45,8 @@ pub enum StoredAccount {
         version: i64,
         /// How to reach and use it.
         account: Arc<SmtpAccount>,
+        /// What its account is limited to.
+        limited: Option<Limited>,
     },
     /// Stored, but it cannot be used as it is.
     Unreadable {
@@ -90,6 +93,8 @@ struct SealedRow {
     secure: bool,
     username_sealed: Vec<u8>,
     password_sealed: Vec<u8>,
+    max_connections: Option<i32>,
+    messages_per_minute: Option<i32>,
 }
 
 impl SmtpConfigs {
@@ -113,8 +118,13 @@ impl SmtpConfigs {
         };
         let stored = SealedRow::from_row(&row)?;
         let version = stored.version;
+        let overrides = overrides_from(stored.max_connections, stored.messages_per_minute);
         let account = match self.open(organization, stored) {
-            Ok(account) => StoredAccount::Ready { version, account: Arc::new(account) },
+            Ok(account) => {
+                let username = account.credentials.as_ref().map(Credentials::username);
+                let limited = Limited::of(&account.host, username, overrides);
+                StoredAccount::Ready { version, account: Arc::new(account), limited }
+            }
             Err(cause) => StoredAccount::Unreadable { version, cause },
         };
         Ok(RouteFacts { custom_smtp, account, health })

@@ -2,6 +2,7 @@
 //! Guarantee: only what was given is sent, and the password comes from where no other process can see it.
 
 use std::io::IsTerminal;
+use std::ops::RangeInclusive;
 
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
@@ -9,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::org::Refused;
 use crate::cli::password::{self, PasswordArgs};
+use crate::model::provider::{CONNECTIONS_RANGE, PER_MINUTE_RANGE};
 
 #[derive(Debug, Args)]
 pub(super) struct FieldArgs {
@@ -35,6 +37,48 @@ pub(super) struct FieldArgs {
     /// Whether the server must offer TLS
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set)]
     secure: Option<bool>,
+}
+
+/// Limits of the account, for `create` and `update`; a test has no use for them.
+#[derive(Debug, Args)]
+pub(super) struct LimitArgs {
+    /// Connections at once over all workers, 1 to 1000; `provider` for what is known of the server's
+    #[arg(long, value_name = "COUNT", value_parser = |text: &str| limit(text, &CONNECTIONS_RANGE))]
+    max_connections: Option<Limit>,
+    /// Messages a minute over all workers, 1 to 100000; `provider` for what is known of the server's
+    #[arg(long, value_name = "COUNT", value_parser = |text: &str| limit(text, &PER_MINUTE_RANGE))]
+    messages_per_minute: Option<Limit>,
+}
+
+/// A limit as it is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    Provider,
+    Count(u32),
+}
+
+fn limit(text: &str, range: &RangeInclusive<u32>) -> Result<Limit, String> {
+    if text == "provider" {
+        return Ok(Limit::Provider);
+    }
+    let count = text.parse().ok().filter(|count| range.contains(count));
+    count.map(Limit::Count).ok_or_else(|| {
+        format!("a whole number from {} to {}, or `provider`, is allowed", range.start(), range.end())
+    })
+}
+
+impl LimitArgs {
+    /// The limits that were given, by their names in the command's parameters.
+    pub(super) fn given(&self) -> Map<String, Value> {
+        let value = |limit: Limit| match limit {
+            Limit::Provider => Value::Null,
+            Limit::Count(count) => json!(count),
+        };
+        given([
+            ("max_connections", self.max_connections.map(value)),
+            ("messages_per_minute", self.messages_per_minute.map(value)),
+        ])
+    }
 }
 
 impl FieldArgs {
@@ -87,6 +131,17 @@ pub(super) fn say_how(error: anyhow::Error) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_is_a_count_or_the_providers() {
+        let read = |text| limit(text, &CONNECTIONS_RANGE);
+        assert_eq!([read("3"), read("provider")], [Ok(Limit::Count(3)), Ok(Limit::Provider)]);
+        for bad in ["0", "1001", "-1", "none", ""] {
+            assert!(read(bad).unwrap_err().contains("from 1 to 1000"), "{bad}");
+        }
+        let args = LimitArgs { max_connections: Some(Limit::Provider), messages_per_minute: None };
+        assert_eq!(Value::Object(args.given()), json!({"max_connections": null}));
+    }
 
     #[test]
     fn who_is_to_give_the_password_is_told_how() {

@@ -17,7 +17,7 @@ use crate::cli::password::PasswordArgs;
 use crate::clock::Clock;
 use crate::model::organization::OrganizationId;
 use crate::settings::Settings;
-use fields::{FieldArgs, given};
+use fields::{FieldArgs, LimitArgs, given};
 
 #[derive(Debug, Subcommand)]
 #[command(
@@ -88,19 +88,24 @@ pub(in crate::cli) struct CreateArgs {
     /// Whether the server must offer TLS
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     secure: bool,
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  sendoff org smtp update 42 --from-name 'Bookings & more'\n\nChanging the host, or turning \
     --secure off, takes the password again: on a terminal it is asked for. With --if-version, nothing is changed when \
-    somebody else was faster; `sendoff org smtp show` tells the version."
+    somebody else was faster; `sendoff org smtp show` tells the version. Limits that are known of a provider hold by themselves; \
+    --max-connections and --messages-per-minute say otherwise, until they are set to `provider`."
 )]
 pub(in crate::cli) struct UpdateArgs {
     #[command(flatten)]
     one: OneArgs,
     #[command(flatten)]
     fields: FieldArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Change nothing unless this is the current version
     #[arg(long, value_name = "VERSION")]
     if_version: Option<i64>,
@@ -132,7 +137,7 @@ pub(super) async fn run(command: &SmtpCommand, settings: &Settings) -> anyhow::R
 
 fn create_params(args: &CreateArgs) -> anyhow::Result<Map<String, Value>> {
     let password = args.password.required()?;
-    Ok(given([
+    let mut params = given([
         ("host", Some(json!(args.host))),
         ("port", Some(json!(args.port))),
         ("username", Some(json!(args.username))),
@@ -140,11 +145,14 @@ fn create_params(args: &CreateArgs) -> anyhow::Result<Map<String, Value>> {
         ("from_email", Some(json!(args.from_email))),
         ("from_name", Some(json!(args.from_name))),
         ("secure", Some(json!(args.secure))),
-    ]))
+    ]);
+    params.extend(args.limits.given());
+    Ok(params)
 }
 
 fn update_params(args: &UpdateArgs) -> anyhow::Result<Map<String, Value>> {
     let mut params = args.fields.given()?;
+    params.extend(args.limits.given());
     if params.is_empty() {
         return Err(
             BadArgument("nothing to update: give the fields to change, say --port 465".to_owned()).into()

@@ -20,6 +20,9 @@ pub(super) fn lines(config: &Value, now: OffsetDateTime) -> Vec<String> {
             add(name, &shown(value));
         }
     }
+    if let Some(limits) = config.get("limits") {
+        add("limits", &limited(limits));
+    }
     add("status", &status(config));
     for name in ["created_at", "updated_at"] {
         if let Some(value) = config.get(name) {
@@ -28,6 +31,17 @@ pub(super) fn lines(config: &Value, now: OffsetDateTime) -> Vec<String> {
     }
     add("last_test", &last_test(&config["last_test"], now));
     lines
+}
+
+/// Each limit that there is, and where it comes from.
+fn limited(limits: &Value) -> String {
+    let counts = [("max_connections", "connections at once"), ("messages_per_minute", "messages a minute")];
+    let told: Vec<_> = counts
+        .iter()
+        .filter(|(name, _)| !limits[*name].is_null())
+        .map(|(name, what)| format!("{} {what}", shown(&limits[*name])))
+        .collect();
+    format!("{}, over all workers (by {})", told.join(", "), shown(&limits["source"]))
 }
 
 fn status(config: &Value) -> String {
@@ -112,6 +126,18 @@ created_at       2030-01-06T09:00:00Z (1 d ago)
 updated_at       2030-01-07T08:00:00Z (59 min ago)
 last_test        never"
         );
+    }
+
+    #[test]
+    fn limits_are_told_with_where_they_come_from() {
+        let mut config = config();
+        config["limits"] =
+            json!({"max_connections": 3, "messages_per_minute": 30, "source": "Microsoft 365"});
+        let line = "limits           3 connections at once, 30 messages a minute, over all workers (by Microsoft 365)";
+        assert!(words(&config).contains(line), "{}", words(&config));
+        config["limits"] =
+            json!({"max_connections": null, "messages_per_minute": 7, "source": "configuration"});
+        assert!(words(&config).contains("  7 messages a minute, over all workers (by configuration)"));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -16,7 +16,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::Shared;
 use super::script::{Action, Moment, Stage, Tls};
-use super::seen::Received;
+use super::seen::{Received, Seen};
 
 pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, peer: SocketAddr, number: usize) {
     stream.set_nodelay(true).ok();
@@ -115,7 +115,16 @@ impl Dialogue {
         if let Some(config) = implicit {
             self.take_up_tls(config).await?;
         }
-        let banner = self.shared.behaviour().banner;
+        let (banner, most) = {
+            let behaviour = self.shared.behaviour();
+            (behaviour.banner, behaviour.most_connections)
+        };
+        if most.is_some_and(|most| self.shared.seen().staying_sessions() > most) {
+            self.shared.note(|seen| seen.over_limit += 1);
+            self.reply("421 4.7.0 too many connections")?;
+            self.flush().await?;
+            return Err(End);
+        }
         self.pass(Stage::Banner, "", banner).await?;
         loop {
             let line = self.line().await?;
@@ -346,6 +355,14 @@ impl Dialogue {
     async fn final_dot(&mut self, transaction: Transaction, data: Vec<u8>) -> Result<(), End> {
         let at = Instant::now();
         self.shared.note(|seen| seen.final_dots += 1);
+        let most = self.shared.behaviour().most_messages;
+        let is_over = |most: (usize, Duration), seen: &Seen| {
+            seen.messages.iter().filter(|message| at.duration_since(message.at) < most.1).count() >= most.0
+        };
+        if most.is_some_and(|most| is_over(most, &self.shared.seen())) {
+            self.shared.note(|seen| seen.over_limit += 1);
+            return self.reply("451 4.7.0 too many messages in this time");
+        }
         let answered = match self.action(Stage::FinalDot, "") {
             Some(Action::AcceptThenClose) => false,
             Some(action) => {

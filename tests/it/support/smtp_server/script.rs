@@ -171,6 +171,10 @@ pub struct Behaviour {
     pub messages_per_session: Option<usize>,
     /// The connection is closed right after the reply to so many messages.
     pub closes_after_messages: Option<usize>,
+    /// 421 to who connects while so many connections are open; counted in [`super::Seen::over_limit`].
+    pub most_connections: Option<usize>,
+    /// 451 to each message beyond so many within a time; counted in [`super::Seen::over_limit`].
+    pub most_messages: Option<(usize, Duration)>,
     /// 452 4.5.3 to the recipients beyond so many.
     pub max_recipients: Option<usize>,
     /// 354 to a DATA without recipients (RFC 2920 section 3.1).
@@ -198,6 +202,8 @@ impl Default for Behaviour {
             more_keywords: Vec::new(),
             messages_per_session: None,
             closes_after_messages: None,
+            most_connections: None,
+            most_messages: None,
             max_recipients: None,
             data_without_recipients: false,
             sender_refused_at_rcpt: None,

@@ -77,12 +77,23 @@ pub struct Seen {
     pub final_dots: usize,
     /// AUTH commands.
     pub auth_attempts: usize,
+    /// Connections and messages beyond what may be.
+    pub over_limit: usize,
 }
 
 impl Seen {
     /// Connections that are open.
     pub fn open_sessions(&self) -> usize {
         self.sessions.iter().filter(|session| !session.closed).count()
+    }
+
+    /// Connections that are open and have not said goodbye.
+    pub fn staying_sessions(&self) -> usize {
+        let stays = |session: &&Session| {
+            !session.closed
+                && !session.commands.last().is_some_and(|command| command.eq_ignore_ascii_case("QUIT"))
+        };
+        self.sessions.iter().filter(stays).count()
     }
 
     /// How often a command came, by its verb, in all sessions.

@@ -62,17 +62,12 @@ fn a_section_replaces_its_own_earlier_one_and_no_other() {
     let again = with_section(report, "1. a", "## 1. a\n\nnew\n");
     assert_eq!(again, "# Results\n\nMachine.\n\n## 1. a\n\nnew\n\n## 3. c\n\nkept\n");
     let more = with_section(&again, "2. b", "## 2. b\n\nbetween\n");
-    assert_eq!(
-        more,
-        "# Results\n\nMachine.\n\n## 1. a\n\nnew\n\n## 2. b\n\nbetween\n\n## 3. c\n\nkept\n"
-    );
+    assert_eq!(more, "# Results\n\nMachine.\n\n## 1. a\n\nnew\n\n## 2. b\n\nbetween\n\n## 3. c\n\nkept\n");
 }
 
 #[test]
 fn figures_have_as_many_digits_as_they_deserve() {
     let shown: Vec<String> =
-        [0.0, 0.948, 1.5, 12.04, 99.0, 512.4, 5312.0, 1_000_000.0, -12345.0, f64::NAN]
-            .map(figure)
-            .to_vec();
+        [0.0, 0.948, 1.5, 12.04, 99.0, 512.4, 5312.0, 1_000_000.0, -12345.0, f64::NAN].map(figure).to_vec();
     assert_eq!(shown, ["0", "0.95", "1.5", "12", "99", "512", "5,312", "1,000,000", "-12,345", "–"]);
 }

@@ -37,8 +37,8 @@ class Pool:
                 client = aiosmtplib.SMTP(
                     hostname=os.environ["SMTP_HOST"],
                     port=int(os.environ["SMTP_PORT"]),
-                    username=os.environ["SMTP_USERNAME"],
-                    password=os.environ["SMTP_PASSWORD"],
+                    username=os.environ.get("SMTP_USERNAME"),
+                    password=os.environ.get("SMTP_PASSWORD"),
                 )
                 await client.connect()
             yield client

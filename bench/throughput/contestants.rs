@@ -16,11 +16,14 @@ use super::jobs::{self, Job};
 use super::options::Contestant;
 use super::process::{Process, Service};
 use super::sink::{LOOK_EVERY, Sink};
+use super::stats::median;
 
 /// Longest time without a message accepted.
 const PATIENCE: Duration = Duration::from_secs(700);
 /// What was accepted is acknowledged by now.
 const SETTLED_AFTER: Duration = Duration::from_millis(500);
+/// From here on memory should not grow.
+const SETTLED_IN: u64 = 10_000;
 /// Deliveries that a worker may hold: sendoff's own default is 512.
 const PREFETCH: &str = "500";
 
@@ -28,11 +31,11 @@ const PREFETCH: &str = "500";
 pub struct Race {
     /// Jobs in the queue.
     pub jobs: usize,
-    /// SMTP connections in all.
-    pub connections: usize,
-    /// Organizations that the worker's jobs belong to; each may use an equal share of the connections. The peers do not
-    /// know of organizations: they have one pool.
+    /// Organizations that the worker's jobs belong to, one job each in turn. The peers do not know of organizations: they
+    /// have one pool.
     pub organizations: usize,
+    /// SMTP connections in all, of which each organization may use an equal share. `None`: the worker's defaults.
+    pub connections: Option<usize>,
 }
 
 /// What it took. Processor times are microseconds for each job.
@@ -44,6 +47,10 @@ pub struct Run {
     pub cpu_us: f64,
     /// Largest resident set.
     pub peak_mib: f64,
+    /// Resident set when [`SETTLED_IN`] jobs, or half of all, were sent.
+    pub early_mib: f64,
+    /// Largest resident set that was seen from then on.
+    pub late_mib: f64,
     /// Of RabbitMQ.
     pub broker_us: f64,
     /// Of PostgreSQL.
@@ -53,8 +60,22 @@ pub struct Run {
 }
 
 impl Race {
+    /// Has the contestant do it, with smtp-sink, or with an own server of this manner.
+    pub async fn against(
+        &self,
+        bench: &Context,
+        contestant: Contestant,
+        manner: Option<&str>,
+    ) -> anyhow::Result<Run> {
+        let sink = match manner {
+            Some(manner) => Sink::own(&[manner]).await?,
+            None => Sink::postfix().await?,
+        };
+        self.run(bench, contestant, &sink).await
+    }
+
     /// Has the contestant do it.
-    pub async fn run(&self, bench: &Context, contestant: Contestant, sink: &Sink) -> anyhow::Result<Run> {
+    async fn run(&self, bench: &Context, contestant: Contestant, sink: &Sink) -> anyhow::Result<Run> {
         match contestant {
             Contestant::Sendoff => self.sendoff(bench, sink).await.context("sendoff"),
             Contestant::SmtpSource => self.smtp_source(bench, sink).await.context("smtp-source"),
@@ -86,13 +107,15 @@ impl Race {
     }
 
     async fn sendoff(&self, bench: &Context, sink: &Sink) -> anyhow::Result<Run> {
-        let share = (self.connections / self.organizations).max(1).to_string();
-        let settings = [
-            ("SENDOFF__SMTP__MAX_CONNECTIONS_PER_ORGANIZATION", share.as_str()),
-            ("SENDOFF__DELIVERY__MAX_SESSIONS", &self.connections.to_string()),
-        ];
-        let installation = Installation::create(bench, &settings).await?;
-        let run = async {
+        let settings = self.connections.map_or_else(Vec::new, |connections| {
+            let share = (connections / self.organizations).max(1);
+            vec![
+                ("SENDOFF__SMTP__MAX_CONNECTIONS_PER_ORGANIZATION", share.to_string()),
+                ("SENDOFF__DELIVERY__MAX_SESSIONS", connections.to_string()),
+            ]
+        });
+        let installation = Installation::create(bench, settings).await?;
+        let work = async |installation: &Installation| {
             let configs = (0..self.organizations).map(|number| (format!("org-{number}"), sink.port(0)));
             installation.organizations(configs.collect()).await?;
             self.fill(bench, &Route::Exchange(&installation.exchange())).await?;
@@ -102,9 +125,7 @@ impl Race {
             ensure_empty(bench, &installation.lane("notifications")).await?;
             Ok(run)
         };
-        let run = run.await;
-        installation.end().await?;
-        run
+        installation.during(work).await
     }
 
     async fn peer(&self, bench: &Context, mut command: Command, sink: &Sink) -> anyhow::Result<Run> {
@@ -118,7 +139,7 @@ impl Race {
                 .env("QUEUE", &queue)
                 .env("SMTP_HOST", "127.0.0.1")
                 .env("SMTP_PORT", sink.port(0).to_string())
-                .env("CONNECTIONS", self.connections.to_string())
+                .env("CONNECTIONS", self.connections.unwrap_or(1).to_string())
                 .env("PREFETCH", PREFETCH)
                 .stdin(Stdio::null());
             let process = Process::start(&mut command, "the peer")?;
@@ -139,7 +160,7 @@ impl Race {
 
     async fn smtp_source(&self, bench: &Context, sink: &Sink) -> anyhow::Result<Run> {
         let mut command = Command::new("smtp-source");
-        let (sessions, jobs) = (self.connections.to_string(), self.jobs.to_string());
+        let (sessions, jobs) = (self.connections.unwrap_or(1).to_string(), self.jobs.to_string());
         command.args(["-d", "-s", &sessions, "-m", &jobs, "-l", "4500"]);
         command.arg(format!("127.0.0.1:{}", sink.port(0))).stdin(Stdio::null());
         let process = Process::start(&mut command, "smtp-source")?;
@@ -170,6 +191,7 @@ impl Race {
     ) -> anyhow::Result<Run> {
         let jobs = self.jobs as u64;
         let mut peak_mib = f64::NAN;
+        let (mut early_mib, mut late_mib) = (None, f64::NAN);
         let mut first = None;
         let (mut last, mut progress) = (0, Instant::now());
         loop {
@@ -179,6 +201,12 @@ impl Race {
                 first = Some((now, count, Used::now(bench, process, sink)?));
             }
             peak_mib = process.peak_mib().unwrap_or(peak_mib);
+            if count >= SETTLED_IN.min(jobs / 2)
+                && let Some(resident) = process.resident_mib()
+            {
+                early_mib.get_or_insert(resident);
+                late_mib = resident.max(late_mib);
+            }
             if count >= jobs {
                 break;
             }
@@ -201,6 +229,8 @@ impl Race {
             rate: drained / (ended - started).as_secs_f64(),
             cpu_us: each(before.worker, after.worker),
             peak_mib: process.peak_mib().unwrap_or(peak_mib),
+            early_mib: early_mib.unwrap_or(f64::NAN),
+            late_mib,
             broker_us: each(before.broker, after.broker),
             database_us: each(before.database, after.database),
             sink_us: each(before.sink, after.sink),
@@ -233,6 +263,23 @@ async fn ensure_empty(bench: &Context, queue: &str) -> anyhow::Result<()> {
     broker.close().await?;
     ensure!(length == 0, "{length} jobs were not acknowledged");
     Ok(())
+}
+
+impl Run {
+    /// The median of each figure.
+    pub fn median(runs: &[Self]) -> Self {
+        let middle = |value: fn(&Self) -> f64| median(&runs.iter().map(value).collect::<Vec<f64>>());
+        Self {
+            rate: middle(|run| run.rate),
+            cpu_us: middle(|run| run.cpu_us),
+            peak_mib: middle(|run| run.peak_mib),
+            early_mib: middle(|run| run.early_mib),
+            late_mib: middle(|run| run.late_mib),
+            broker_us: middle(|run| run.broker_us),
+            database_us: middle(|run| run.database_us),
+            sink_us: middle(|run| run.sink_us),
+        }
+    }
 }
 
 /// Seconds of processor used so far.

@@ -36,14 +36,14 @@ pub struct Installation {
     database: String,
     server: String,
     program: std::path::PathBuf,
-    settings: Vec<(String, String)>,
+    settings: Vec<(&'static str, String)>,
     leftover: std::path::PathBuf,
     amqp_url: String,
 }
 
 impl Installation {
     /// Creates the database and declares the topology. `settings` are the worker's, beside what the loopback asks for.
-    pub async fn create(bench: &Bench, settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+    pub async fn create(bench: &Bench, settings: Vec<(&'static str, String)>) -> anyhow::Result<Self> {
         let id = Clock::system().new_id().simple().to_string();
         let made = Self::named(bench, &id[20..], settings);
         std::fs::create_dir_all(bench.leftovers())?;
@@ -54,13 +54,13 @@ impl Installation {
         Ok(made)
     }
 
-    fn named(bench: &Bench, name: &str, settings: &[(&str, &str)]) -> Self {
+    fn named(bench: &Bench, name: &str, settings: Vec<(&'static str, String)>) -> Self {
         Self {
             prefix: format!("bench-{name}"),
             database: format!("sendoff_bench_run_{name}"),
             server: bench.database_url.clone(),
             program: bench.program.clone(),
-            settings: settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+            settings,
             leftover: bench.leftovers().join(name),
             amqp_url: bench.amqp_url.clone(),
         }
@@ -70,7 +70,7 @@ impl Installation {
     pub async fn clear_leftovers(bench: &Bench) -> anyhow::Result<()> {
         let Ok(names) = std::fs::read_dir(bench.leftovers()) else { return Ok(()) };
         for name in names {
-            Self::named(bench, &name?.file_name().to_string_lossy(), &[]).end().await?;
+            Self::named(bench, &name?.file_name().to_string_lossy(), Vec::new()).end().await?;
         }
         Ok(())
     }
@@ -135,8 +135,15 @@ impl Installation {
         Ok(worker)
     }
 
+    /// Does something with it and ends it, whatever became of that.
+    pub async fn during<T>(self, work: impl AsyncFnOnce(&Self) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let done = work(&self).await;
+        self.end().await?;
+        done
+    }
+
     /// Deletes queues, exchanges and the database.
-    pub async fn end(self) -> anyhow::Result<()> {
+    async fn end(self) -> anyhow::Result<()> {
         let shown = self.run(&["topology", "show", "--json"]).await?;
         let shown: Value = serde_json::from_slice(&shown).context("reading the topology")?;
         let broker = super::broker::Broker::connect(&self.amqp_url).await?;

@@ -28,11 +28,6 @@ impl Process {
         Ok(Self { child, pid, what: what.to_owned() })
     }
 
-    /// Its id.
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
-
     /// The child, for its pipes.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child

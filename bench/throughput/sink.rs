@@ -68,7 +68,7 @@ impl Sink {
     }
 
     /// Own servers, one for each of these manners (`serve`).
-    pub async fn own(manners: &[String]) -> anyhow::Result<Self> {
+    pub async fn own(manners: &[&str]) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("serve").args(manners).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::start(&mut command, "the SMTP server")?;
@@ -101,12 +101,6 @@ impl Sink {
     pub fn count_of(&self, wanted: impl Fn(&Accepted) -> bool) -> usize {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.accepted.iter().filter(|accepted| wanted(accepted)).count()
-    }
-
-    /// When the message to this recipient was accepted.
-    pub fn time_of(&self, label: &str) -> Option<i64> {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.accepted.iter().find(|accepted| accepted.label == label).map(|accepted| accepted.at)
     }
 
     /// Seconds of processor that it has used.

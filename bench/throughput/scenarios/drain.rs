@@ -7,8 +7,7 @@ use crate::contestants::{Race, Run};
 use crate::context::Context;
 use crate::options::Contestant;
 use crate::report::{Section, Target, figure};
-use crate::sink::Sink;
-use crate::stats::{median, spread};
+use crate::stats::spread;
 
 /// Slow peers get a fifth of the jobs, or a run would take an hour; their rate is the same after a thousand.
 const PEERS_SHARE: usize = 5;
@@ -19,7 +18,7 @@ pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
     let race = |contestant| {
         let slow = matches!(contestant, Contestant::Nodemailer | Contestant::Aiosmtplib);
         let jobs = if slow { (jobs / PEERS_SHARE).max(10) } else { jobs };
-        Race { jobs, connections: 50, organizations: 50 }
+        Race { jobs, organizations: 50, connections: Some(50) }
     };
     let results = compete(bench, race, None).await?;
     let sendoff = results.of(Contestant::Sendoff);
@@ -54,7 +53,8 @@ pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
 /// Scenario 2.
 pub async fn far(bench: &Context, origin: String) -> anyhow::Result<Section> {
     let jobs = bench.options.jobs(4_000);
-    let results = compete(bench, |_| Race { jobs, connections: 8, organizations: 1 }, Some("ok:20")).await?;
+    let results =
+        compete(bench, |_| Race { jobs, organizations: 1, connections: Some(8) }, Some("ok:20")).await?;
     let ratio = results.of(Contestant::Sendoff).rate / results.of(Contestant::Lettre).rate;
     Ok(Section {
         title: "2. far: the same to a server 20 ms away".to_owned(),
@@ -80,12 +80,7 @@ async fn compete(
     let mut results = Results(chosen.map(|contestant| (contestant, Vec::new())).collect());
     for repetition in 1..=bench.options.reps() {
         for (contestant, runs) in &mut results.0 {
-            let sink = match manner {
-                Some(manner) => Sink::own(&[manner.to_owned()]).await?,
-                None => Sink::postfix().await?,
-            };
-            let race = race(*contestant);
-            let run = race.run(bench, *contestant, &sink).await?;
+            let run = race(*contestant).against(bench, *contestant, manner).await?;
             eprintln!(
                 "bench: {repetition}. {:<12} {:>8} jobs/s {:>6} µs",
                 name(*contestant),
@@ -105,18 +100,8 @@ fn name(contestant: Contestant) -> String {
 impl Results {
     /// The medians; `NaN` of who did not take part.
     fn of(&self, contestant: Contestant) -> Run {
-        let runs = self.0.iter().find(|(one, _)| *one == contestant).map(|(_, runs)| runs.as_slice());
-        let middle = |value: fn(&Run) -> f64| {
-            median(&runs.unwrap_or_default().iter().map(value).collect::<Vec<f64>>())
-        };
-        Run {
-            rate: middle(|run| run.rate),
-            cpu_us: middle(|run| run.cpu_us),
-            peak_mib: middle(|run| run.peak_mib),
-            broker_us: middle(|run| run.broker_us),
-            database_us: middle(|run| run.database_us),
-            sink_us: middle(|run| run.sink_us),
-        }
+        let runs = self.0.iter().find(|(one, _)| *one == contestant);
+        Run::median(runs.map_or(&[], |(_, runs)| runs))
     }
 
     /// A column for each contestant.

@@ -121,6 +121,11 @@ impl Options {
         usize::try_from(if self.quick { self.backlog / 100 } else { self.backlog }).unwrap_or(usize::MAX)
     }
 
+    /// Jobs of the small backlog: a hundredth of the usual large one.
+    pub fn small_backlog(&self) -> usize {
+        if self.quick { 1_000 } else { 10_000 }
+    }
+
     /// A time that a scenario lasts.
     pub fn seconds(&self, usual: u64) -> u64 {
         if self.quick { (usual / 6).max(5) } else { usual }

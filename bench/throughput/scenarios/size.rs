@@ -15,8 +15,6 @@ use crate::report::{Section, Target, figure};
 const MB: f64 = 1.048_576;
 /// Jobs of each of the many organizations.
 const HANDFUL: usize = 5;
-/// Jobs of the small backlog.
-const SMALL: u64 = 10_000;
 /// Disk that a waiting job may take, in RabbitMQ (twice, for a time) and in PostgreSQL.
 const BYTES_PER_JOB: u64 = 12_000;
 
@@ -51,7 +49,7 @@ pub async fn tenants(bench: &Context, origin: String) -> anyhow::Result<Section>
 
 /// Scenario 7.
 pub async fn backlog(bench: &Context, origin: String) -> anyhow::Result<Section> {
-    let (small, large) = (SMALL.try_into()?, bench.options.backlog());
+    let (small, large) = (bench.options.small_backlog(), bench.options.backlog());
     ensure_room(bench, large).await?;
     let race = |jobs| Race { jobs, organizations: 50, connections: None };
     let mut runs = Vec::new();

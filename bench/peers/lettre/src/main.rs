@@ -3,6 +3,7 @@
 //! Guarantee: a job is acknowledged only after its message was accepted; one that failed goes back to the queue.
 
 use std::env;
+use std::sync::Arc;
 
 use anyhow::Context;
 use futures_util::StreamExt;
@@ -19,6 +20,7 @@ use lettre::transport::smtp::authentication::Credentials;
 use lettre::{AsyncSmtpTransport, AsyncTransport, Message, Tokio1Executor};
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 
 const FROM: &str = "Acme Bookings <bookings@acme.example>";
 
@@ -41,10 +43,11 @@ struct Calendar {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    let connections: u32 = variable("CONNECTIONS")?.parse()?;
     let transport = Transport::builder_dangerous(variable("SMTP_HOST")?)
         .port(variable("SMTP_PORT")?.parse()?)
         .credentials(Credentials::new(variable("SMTP_USERNAME")?, variable("SMTP_PASSWORD")?))
-        .pool_config(PoolConfig::new().max_size(variable("CONNECTIONS")?.parse()?))
+        .pool_config(PoolConfig::new().max_size(connections))
         .build();
 
     let connection = Connection::connect(&variable("AMQP_URL")?, ConnectionProperties::default()).await?;
@@ -64,19 +67,23 @@ async fn main() -> anyhow::Result<()> {
         )
         .await?;
 
+    // The pool bounds how many idle connections it keeps, not how many are open.
+    let room = Arc::new(Semaphore::new(usize::try_from(connections)?));
     let mut terminate = signal(SignalKind::terminate())?;
     loop {
         let delivery = tokio::select! {
             delivery = deliveries.next() => delivery.context("the broker has ended the consumer")??,
             _ = terminate.recv() => break,
         };
-        let transport = transport.clone();
+        let (transport, permit) = (transport.clone(), room.clone().acquire_owned().await?);
         tokio::spawn(async move {
             if let Err(error) = handle(&transport, &delivery).await {
                 eprintln!("{error:#}");
                 // The broker takes back what is not settled anyway.
-                let _ = delivery.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await;
+                let _ =
+                    delivery.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await;
             }
+            drop(permit);
         });
     }
     connection.close(200, "done".into()).await?;

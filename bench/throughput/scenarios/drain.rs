@@ -9,15 +9,15 @@ use crate::options::Contestant;
 use crate::report::{Section, Target, figure};
 use crate::stats::spread;
 
-/// Slow peers get a fifth of the jobs, or a run would take an hour; their rate is the same after a thousand.
-const PEERS_SHARE: usize = 5;
+/// Who is slow gets a fifth of the jobs, or a run would take an hour; its rate does not depend on the number.
+const SLOW_SHARE: usize = 5;
 
 /// Scenario 1.
 pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
     let jobs = bench.options.jobs(50_000);
     let race = |contestant| {
         let slow = matches!(contestant, Contestant::Nodemailer | Contestant::Aiosmtplib);
-        let jobs = if slow { (jobs / PEERS_SHARE).max(10) } else { jobs };
+        let jobs = if slow { (jobs / SLOW_SHARE).max(10) } else { jobs };
         Race { jobs, organizations: 50, connections: Some(50) }
     };
     let results = compete(bench, race, None).await?;
@@ -61,14 +61,22 @@ pub async fn far(bench: &Context, origin: String) -> anyhow::Result<Section> {
         origin,
         prose: format!(
             "{jobs} jobs of one organization queued beforehand, 8 connections, a server that answers what it is sent in \
-             one go 20 ms later in one go."
+             one go 20 ms later in one go. The others get a fifth of the jobs."
         ),
         table: results.table(),
         targets: vec![Target::at_least("jobs/s against lettre's pool", ratio, 1.8, "x")],
     })
 }
 
-struct Results(Vec<(Contestant, Vec<Run>)>);
+/// One of a run's figures.
+type Figure = fn(&Run) -> f64;
+
+struct Results(Vec<Entry>);
+
+struct Entry {
+    contestant: Contestant,
+    runs: Vec<Run>,
+}
 
 /// Runs everybody by turns; into smtp-sink, or into an own server of this manner.
 async fn compete(
@@ -77,9 +85,9 @@ async fn compete(
     manner: Option<&str>,
 ) -> anyhow::Result<Results> {
     let chosen = Contestant::ALL.into_iter().filter(|one| bench.options.contestants.contains(one));
-    let mut results = Results(chosen.map(|contestant| (contestant, Vec::new())).collect());
+    let mut results = Results(chosen.map(|contestant| Entry { contestant, runs: Vec::new() }).collect());
     for repetition in 1..=bench.options.reps() {
-        for (contestant, runs) in &mut results.0 {
+        for Entry { contestant, runs } in &mut results.0 {
             let run = race(*contestant).against(bench, *contestant, manner).await?;
             eprintln!(
                 "bench: {repetition}. {:<12} {:>8} jobs/s {:>6} µs",
@@ -100,21 +108,24 @@ fn name(contestant: Contestant) -> String {
 impl Results {
     /// The medians; `NaN` of who did not take part.
     fn of(&self, contestant: Contestant) -> Run {
-        let runs = self.0.iter().find(|(one, _)| *one == contestant);
-        Run::median(runs.map_or(&[], |(_, runs)| runs))
+        Run::median(self.runs(contestant))
+    }
+
+    fn runs(&self, contestant: Contestant) -> &[Run] {
+        self.0.iter().find(|entry| entry.contestant == contestant).map_or(&[], |entry| &entry.runs)
     }
 
     /// A column for each contestant.
     fn table(&self) -> Vec<Vec<String>> {
         let row = |what: &str, value: &dyn Fn(Contestant) -> f64| {
             let mut row = vec![what.to_owned()];
-            row.extend(self.0.iter().map(|(contestant, _)| figure(value(*contestant))));
+            row.extend(self.0.iter().map(|entry| figure(value(entry.contestant))));
             row
         };
         let mut head = vec!["medians".to_owned()];
-        head.extend(self.0.iter().map(|(contestant, _)| name(*contestant)));
+        head.extend(self.0.iter().map(|entry| name(entry.contestant)));
         let mut rows = vec![head];
-        let measures: [(&str, fn(&Run) -> f64); 3] = [
+        let measures: [(&str, Figure); 3] = [
             ("jobs/s", |run| run.rate),
             ("worker's processor time per job, µs", |run| run.cpu_us),
             ("worker's peak memory, MiB", |run| run.peak_mib),
@@ -129,8 +140,7 @@ impl Results {
             }
         }
         rows.push(row("spread of jobs/s, share of the median", &|contestant| {
-            let runs = self.0.iter().find(|(one, _)| *one == contestant);
-            spread(&runs.map_or_else(Vec::new, |(_, runs)| runs.iter().map(|run| run.rate).collect()))
+            spread(&self.runs(contestant).iter().map(|run| run.rate).collect::<Vec<f64>>())
         }));
         rows.push(row("RabbitMQ's processor time per job, µs", &|contestant| self.of(contestant).broker_us));
         rows.push(row("PostgreSQL's", &|contestant| self.of(contestant).database_us));

@@ -1,6 +1,11 @@
-//! The benchmark's arithmetic and its report; the harness itself (bench/throughput) needs minutes and is no test.
+//! The benchmark's arithmetic, its report and its options; the harness itself (bench/throughput) needs minutes and is no test.
 //! Guarantee: what is tested here is the very file that `./dev bench` runs.
 
+use clap::Parser;
+
+#[allow(dead_code, reason = "the harness uses all of it")]
+#[path = "../../bench/throughput/options.rs"]
+mod options;
 #[allow(dead_code, reason = "the harness uses all of it")]
 #[path = "../../bench/throughput/report.rs"]
 mod report;
@@ -8,6 +13,7 @@ mod report;
 #[path = "../../bench/throughput/stats.rs"]
 mod stats;
 
+use options::Options;
 use report::{Section, Target, figure, with_section};
 use stats::{largest, median, percentile, spread};
 
@@ -70,4 +76,49 @@ fn figures_have_as_many_digits_as_they_deserve() {
     let shown: Vec<String> =
         [0.0, 0.948, 1.5, 12.04, 99.0, 512.4, 5312.0, 1_000_000.0, -12345.0, f64::NAN].map(figure).to_vec();
     assert_eq!(shown, ["0", "0.95", "1.5", "12", "99", "512", "5,312", "1,000,000", "-12,345", "–"]);
+}
+
+#[test]
+fn only_a_run_of_everything_replaces_the_results_unless_it_is_asked_to() {
+    let writes = |arguments: &str| parsed(arguments).writes();
+    assert!(writes(""));
+    assert!(writes("--reps 5"));
+    assert!(writes("drain --write"));
+    for partial in ["drain", "--quick", "--jobs 1000", "--contestants sendoff,lettre"] {
+        assert!(!writes(partial), "{partial}");
+    }
+}
+
+#[test]
+fn only_what_a_scenario_needs_is_installed() {
+    let needs = |arguments: &str| parsed(arguments).needs();
+    assert_eq!(needs("drain"), ["postfix", "nodemailer", "aiosmtplib", "lettre"]);
+    assert_eq!(needs("drain --contestants sendoff,lettre"), ["postfix", "lettre"]);
+    assert_eq!(needs("tenants backlog"), ["postfix"]);
+    assert!(needs("idle flood isolation reminders").is_empty());
+}
+
+#[test]
+fn quick_is_a_tenth_once_and_jobs_are_as_many_as_were_asked_for() {
+    assert_eq!(parsed("").jobs(50_000), 50_000);
+    assert_eq!(parsed("--quick").jobs(50_000), 5_000);
+    assert_eq!(parsed("--quick --jobs 700").jobs(50_000), 700);
+    assert_eq!((parsed("--quick --reps 5").reps(), parsed("--reps 5").reps()), (1, 5));
+    assert_eq!((parsed("--quick").backlog(), parsed("--quick").small_backlog()), (10_000, 1_000));
+}
+
+#[test]
+fn no_lock_of_a_peer_names_where_to_download_from() {
+    let lock = include_str!("../../bench/peers/nodemailer/package-lock.json");
+    assert!(lock.contains("node_modules/nodemailer"));
+    for word in ["resolved", "http:", "https:"] {
+        assert!(!lock.contains(word), "the lock has {word}: see npm's omit-lockfile-registry-resolved");
+    }
+    let requirements = include_str!("../../bench/peers/aiosmtplib/requirements.txt");
+    assert!(requirements.lines().all(|line| line.contains("==")), "every version is exact");
+}
+
+fn parsed(arguments: &str) -> Options {
+    Options::try_parse_from(std::iter::once("bench").chain(arguments.split_whitespace()))
+        .expect("they are valid")
 }

@@ -129,14 +129,16 @@ impl Race {
     }
 
     async fn peer(&self, bench: &Context, mut command: Command, sink: &Sink) -> anyhow::Result<Run> {
-        let queue = format!("bench-peer-{}", Clock::system().new_id().simple());
+        let queue = "bench-peer";
         let broker = Broker::connect(&bench.amqp_url).await?;
-        broker.declare(&queue).await?;
+        // Of a run that was killed.
+        broker.delete_queue(queue).await?;
+        broker.declare(queue).await?;
         let run = async {
-            self.fill(bench, &Route::Queue(&queue)).await?;
+            self.fill(bench, &Route::Queue(queue)).await?;
             command
                 .env("AMQP_URL", &bench.amqp_url)
-                .env("QUEUE", &queue)
+                .env("QUEUE", queue)
                 .env("SMTP_HOST", "127.0.0.1")
                 .env("SMTP_PORT", sink.port(0).to_string())
                 .env("CONNECTIONS", self.connections.unwrap_or(1).to_string())
@@ -149,11 +151,11 @@ impl Race {
             };
             let run = self.watch(bench, &process, sink, acknowledged).await?;
             process.stop().await?;
-            ensure_empty(bench, &queue).await?;
+            ensure_empty(bench, queue).await?;
             Ok(run)
         };
         let run = run.await;
-        broker.delete_queue(&queue).await?;
+        broker.delete_queue(queue).await?;
         broker.close().await?;
         run
     }

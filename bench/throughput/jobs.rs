@@ -20,7 +20,7 @@ pub struct Job {
 }
 
 static TEXT: LazyLock<String> = LazyLock::new(|| {
-    "Your booking is confirmed. We look forward to seeing you on Monday at ten.\n".repeat(13)
+    "Your booking is confirmed. We look forward to seeing you on Monday at ten.\n".repeat(15)
 });
 static HTML: LazyLock<String> =
     LazyLock::new(|| format!("<html><body><p>{}</p></body></html>\n", TEXT.replace('\n', "<br>\n")));

@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 #[derive(Parser, Clone)]
 #[command(
     name = "./dev bench",
+    bin_name = "./dev bench",
     about = "How fast, how lean and how fair the worker is, beside what one would write instead",
     after_help = "Examples:\n  ./dev bench                            all of it; about an hour and 12 GB of disk\n  \
         ./dev bench --quick                    the same in small, to see whether it runs\n  \

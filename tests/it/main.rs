@@ -5,6 +5,7 @@ mod archive;
 mod archive_search;
 mod archive_store;
 mod auth_trouble;
+mod bench;
 mod broker;
 mod canary;
 mod cancelling;

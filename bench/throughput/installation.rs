@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use sendoff::clock::Clock;
 use sendoff::model::address::EmailAddress;
 use sendoff::model::organization::OrganizationId;
+use sendoff::model::provider::Overrides;
 use sendoff::model::smtp_settings::Credentials;
 use sendoff::secrets::KeyRing;
 use sendoff::store::{AuditEntry, NewSmtpConfig, SmtpConfigs, Store};
@@ -216,6 +217,7 @@ async fn write(configs: &SmtpConfigs, name: &str, port: u16) -> anyhow::Result<(
         port,
         secure: false,
         credentials: Credentials::new(ACCOUNT.0.to_owned(), ACCOUNT.1.to_owned()),
+        overrides: Overrides::default(),
     };
     let entry = AuditEntry {
         actor: Some("bench"),

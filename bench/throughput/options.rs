@@ -33,6 +33,12 @@ pub struct Options {
     /// Jobs of the large backlog
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
     backlog: u64,
+    /// SMTP connections of `drain` (50) and `far` (8), instead of those
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    connections: Option<u16>,
+    /// How far away the server of `far` is: time from a command to its answer
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub distance_ms: u64,
     /// Who takes part where there are several
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Contestant::ALL)]
     pub contestants: Vec<Contestant>,
@@ -101,9 +107,16 @@ impl Options {
     pub fn writes(&self) -> bool {
         let everything = self.scenarios.is_empty()
             && self.jobs.is_none()
+            && self.connections.is_none()
+            && self.distance_ms == 20
             && !self.quick
             && self.contestants.len() == Contestant::ALL.len();
         self.write || everything
+    }
+
+    /// Connections, where a scenario takes so many.
+    pub fn connections(&self, usual: usize) -> Option<usize> {
+        Some(self.connections.map_or(usual, usize::from))
     }
 
     /// How often.

@@ -15,10 +15,11 @@ const SLOW_SHARE: usize = 5;
 /// Scenario 1.
 pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
     let jobs = bench.options.jobs(50_000);
+    let connections = bench.options.connections(50);
     let race = |contestant| {
         let slow = matches!(contestant, Contestant::Nodemailer | Contestant::Aiosmtplib);
         let jobs = if slow { (jobs / SLOW_SHARE).max(10) } else { jobs };
-        Race { jobs, organizations: 50, connections: Some(50) }
+        Race { jobs, organizations: 50, connections }
     };
     let results = compete(bench, race, None).await?;
     let sendoff = results.of(Contestant::Sendoff);
@@ -41,9 +42,10 @@ pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
         title: "1. drain: a full queue, a server next door".to_owned(),
         origin,
         prose: format!(
-            "{jobs} jobs of 50 organizations queued beforehand, 50 connections in all (one for each organization; the \
-             peers have one pool of 50), one smtp-sink. Sendoff keeps its ledger and announces every outcome; the peers \
-             do neither. nodemailer and aiosmtplib get a fifth of the jobs."
+            "{jobs} jobs of 50 organizations queued beforehand, {} connections in all (an equal share for each \
+             organization; the peers have one pool), one smtp-sink. Sendoff keeps its ledger and announces every \
+             outcome; the peers do neither. nodemailer and aiosmtplib get a fifth of the jobs.",
+            connections.unwrap_or_default()
         ),
         table: results.table(),
         targets,
@@ -53,15 +55,17 @@ pub async fn near(bench: &Context, origin: String) -> anyhow::Result<Section> {
 /// Scenario 2.
 pub async fn far(bench: &Context, origin: String) -> anyhow::Result<Section> {
     let jobs = bench.options.jobs(4_000);
-    let results =
-        compete(bench, |_| Race { jobs, organizations: 1, connections: Some(8) }, Some("ok:20")).await?;
+    let (connections, distance_ms) = (bench.options.connections(8), bench.options.distance_ms);
+    let manner = format!("ok:{distance_ms}");
+    let results = compete(bench, |_| Race { jobs, organizations: 1, connections }, Some(&manner)).await?;
     let ratio = results.of(Contestant::Sendoff).rate / results.of(Contestant::Lettre).rate;
     Ok(Section {
-        title: "2. far: the same to a server 20 ms away".to_owned(),
+        title: "2. far: the same to a server that is far away".to_owned(),
         origin,
         prose: format!(
-            "{jobs} jobs of one organization queued beforehand, 8 connections, a server that answers what it is sent in \
-             one go 20 ms later in one go. The others get a fifth of the jobs."
+            "{jobs} jobs of one organization queued beforehand, {} connections, a server that answers what it is sent in \
+             one go {distance_ms} ms later in one go. The others get a fifth of the jobs.",
+            connections.unwrap_or_default()
         ),
         table: results.table(),
         targets: vec![Target::at_least("jobs/s against lettre's pool", ratio, 1.8, "x")],

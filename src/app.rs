@@ -50,7 +50,7 @@ use crate::store::{
 use crate::telemetry::{self, Metrics};
 
 /// Connections to PostgreSQL, beside the one that holds the worker's lock and the one that listens.
-const DATABASE_CONNECTIONS: u32 = 16;
+const DATABASE_CONNECTIONS: u32 = 10;
 /// Organizations whose configuration is kept in memory.
 const CONFIGS_CACHED: usize = 20_000;
 /// Pause between two looks at a schema that is not this program's.

@@ -114,6 +114,16 @@ pub enum PublishError {
 }
 
 impl PublishError {
+    /// The same where it cannot be known.
+    fn made_uncertain(self) -> Self {
+        match self {
+            Self::Unroutable { target, detail } | Self::Refused { target, detail } => {
+                Self::Lost { target, detail }
+            }
+            other => other,
+        }
+    }
+
     /// Whether the message is surely on no queue.
     pub fn is_certain(&self) -> bool {
         !matches!(self, Self::Lost { .. })
@@ -235,7 +245,13 @@ impl Publisher {
             unrouted: Unrouted::IsFine,
         };
         let pipeline = self.pipeline(deadline).await?;
-        pipeline.live.confirmed(deadline, &message, pipeline.send(&message)).await
+        let confirmed = pipeline.live.confirmed(deadline, &message, pipeline.send(&message)).await;
+        if let Err(error) = confirmed {
+            self.shared.replace(&pipeline);
+            // A channel that fails does so for all that is on it, whatever became of each.
+            return Err(error.made_uncertain());
+        }
+        Ok(())
     }
 
     async fn pipeline(&self, deadline: Instant) -> Result<Pipeline, PublishError> {
@@ -346,6 +362,16 @@ impl Live {
 }
 
 impl Shared {
+    /// Has the next event open a channel of its own, unless another has done so.
+    fn replace(&self, failed: &Pipeline) {
+        // Whoever holds the lock is about to look at the channel.
+        if let Ok(mut pipeline) = self.pipeline.try_lock()
+            && pipeline.as_ref().is_some_and(|now| Arc::ptr_eq(&now.queueing, &failed.queueing))
+        {
+            *pipeline = None;
+        }
+    }
+
     fn reuse(&self, live: &Arc<Live>) -> Option<Channel> {
         let mut idle = self.idle.lock().expect("nothing panics while the lock is held");
         if !idle.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, live)) {

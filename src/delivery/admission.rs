@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use super::dispatch::{Admitted, Permit, Slot};
 use super::fairness::Request;
 use super::in_hand::InHand;
@@ -20,6 +22,11 @@ use crate::model::provider::Limited;
 use crate::model::schedule::ASIDE_S;
 use crate::model::smtp_settings::Destination;
 use crate::store::StoreError;
+
+/// Longest wait of a great job for its room among the others.
+const ROOM_WAIT: Duration = Duration::from_secs(10);
+/// Wait of one that got none, in seconds.
+const NO_ROOM_WAIT_S: u32 = 30;
 
 /// Most connections at once to each kind of destination.
 #[derive(Debug, Clone, Copy)]
@@ -115,11 +122,22 @@ impl Worker {
         route: &Route,
         slot: &Slot,
     ) -> Result<Start, StoreError> {
-        tokio::select! {
+        let start = tokio::select! {
             biased;
-            () = self.shutdown.stop_taking() => Ok(Start::Stopping),
-            start = self.start(delivery, job, route, slot) => start,
-        }
+            () = self.shutdown.stop_taking() => return Ok(Start::Stopping),
+            start = self.start(delivery, job, route, slot) => start?,
+        };
+        Ok(match start {
+            Start::PutAside(delay_s) => Start::PutAside(delay_s.min(self.longest_aside(delivery))),
+            other => other,
+        })
+    }
+
+    /// The shortest delay behind which the job's time is over: none is put aside far past its greatest age.
+    fn longest_aside(&self, delivery: &InHand<'_>) -> u32 {
+        let age = delivery.received().first_at.map(|first_at| self.clock.now() - first_at);
+        let age = age.and_then(|age| Duration::try_from(age).ok()).unwrap_or_default();
+        soonest_after(self.limits.retry.max_age.saturating_sub(age))
     }
 
     async fn start(
@@ -137,7 +155,7 @@ impl Worker {
         };
         if let Some(limited) = &route.limited {
             // Boxed: a task is as large as its largest way, and most accounts have no limits.
-            return Box::pin(self.start_limited(delivery, job, route, limited, slot, request)).await;
+            return Box::pin(self.start_limited(job, route, limited, slot, request)).await;
         }
         Ok(match self.line_up(slot, request).await {
             Admitted::Go(permit) => Start::Go(Started { allowance: None, permit }),
@@ -147,7 +165,6 @@ impl Worker {
 
     async fn start_limited(
         &self,
-        delivery: &InHand<'_>,
         job: &Job,
         route: &Route,
         limited: &Limited,
@@ -157,7 +174,7 @@ impl Worker {
         // Before it stands in line, which holds a place of the lane's prefetch.
         let place = match self.rates.enter(limited, request.organization, request.ceiling).await? {
             Entered::Pass(place) => place,
-            Entered::Aside(waits) => return Ok(self.waits(delivery, job, route, waits)),
+            Entered::Aside(waits) => return Ok(waiting(job, route, &waits)),
         };
         let request = Request { ceiling: request.ceiling.min(place.connections()), ..request };
         let permit = match self.line_up(slot, request).await {
@@ -166,24 +183,25 @@ impl Worker {
         };
         Ok(match place.take(job.recipients().count(), request.organization).await? {
             Taken::Go(allowance) => Start::Go(Started { allowance: Some(allowance), permit }),
-            Taken::Aside(waits) => self.waits(delivery, job, route, waits),
+            Taken::Aside(waits) => waiting(job, route, &waits),
         })
     }
 
+    /// A great job's room comes last, and not for long: meanwhile its permit keeps others from their destination.
     async fn line_up(&self, slot: &Slot, request: Request<'_>) -> Admitted {
         match slot.admit(request).await {
-            Admitted::Go(permit) => Admitted::Go(permit.with(self.weights.work(request.bytes).await)),
+            Admitted::Go(permit) => match timeout(ROOM_WAIT, self.weights.work(request.bytes)).await {
+                Ok(weight) => Admitted::Go(permit.with(weight)),
+                Err(_) => Admitted::PutAside(NO_ROOM_WAIT_S),
+            },
             aside @ Admitted::PutAside(_) => aside,
         }
     }
+}
 
-    fn waits(&self, delivery: &InHand<'_>, job: &Job, route: &Route, waits: Waits) -> Start {
-        waits.tell(route.destination.transport(), job.key.organization.as_ref());
-        let age = delivery.received().first_at.map(|first_at| self.clock.now() - first_at);
-        let age = age.and_then(|age| Duration::try_from(age).ok()).unwrap_or_default();
-        let left = self.limits.retry.max_age.saturating_sub(age);
-        Start::PutAside(waits.delay_s.min(soonest_after(left)))
-    }
+fn waiting(job: &Job, route: &Route, waits: &Waits) -> Start {
+    waits.tell(route.destination.transport(), job.key.organization.as_ref());
+    Start::PutAside(waits.delay_s)
 }
 
 /// The shortest aside delay behind which a time is over, or the longest there is.

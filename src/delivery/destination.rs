@@ -29,6 +29,8 @@ pub struct Window {
     tried_since: Option<Instant>,
     /// Whether something has failed since the last success.
     has_failed: bool,
+    /// Whether it is on its way to its ceiling for the first time, and nothing spoke against that.
+    grows: bool,
     /// When it was last used.
     used: Instant,
     /// Since when nothing has ended although something is under way.
@@ -67,6 +69,7 @@ impl Window {
             successes: 0,
             tried_since: None,
             has_failed: false,
+            grows: true,
             used: now,
             silent_since: None,
             failures_in_a_row: 0,
@@ -132,10 +135,12 @@ impl Window {
             Outcome::Worked => self.succeed(now),
             Outcome::Nothing | Outcome::Failed(Feedback::Neutral) => {}
             Outcome::Refused => {
+                self.grows = false;
                 self.size = 1;
                 self.successes = 0;
             }
             Outcome::Failed(Feedback::Narrow) => {
+                self.grows = false;
                 self.size = (self.size / 2).max(1);
                 self.successes = 0;
                 self.reopen(now);
@@ -174,6 +179,7 @@ impl Window {
 
     fn fail_to_connect(&mut self, now: Instant) {
         self.failures_in_a_row += 1;
+        self.grows = false;
         self.reopen(now);
         if self.failures_in_a_row == BREAKER_THRESHOLD && self.breaker == Breaker::Closed {
             self.size = 1;
@@ -215,12 +221,26 @@ impl Window {
         self.pace(now).unwrap_or_else(|| assumed.max(self.pace_of(self.silence_s(now))))
     }
 
+    /// The same of the window as it is now, however large it may become.
+    pub fn present_pace_or(&self, assumed: Duration, now: Instant) -> Duration {
+        let Some(known) = self.attempt_s else { return self.pace_or(assumed, now) };
+        spread(known.max(self.silence_s(now)), self.size)
+    }
+
     fn silence_s(&self, now: Instant) -> f64 {
         self.silent_since.map_or(0.0, |since| now.saturating_duration_since(since).as_secs_f64())
     }
 
+    /// A window that grows is taken for as large as it will be soon: what it is too small for now would come back long after it
+    /// has grown.
     fn pace_of(&self, attempt_s: f64) -> Duration {
-        Duration::from_secs_f64((attempt_s / self.size as f64).clamp(0.000_1, 60.0))
+        let size = if self.grows && !self.is_silent(attempt_s) { self.ceiling } else { self.size };
+        spread(attempt_s, size)
+    }
+
+    /// Whether the attempts under way have taken much longer than those before them.
+    fn is_silent(&self, attempt_s: f64) -> bool {
+        self.attempt_s.is_none_or(|known| attempt_s > 2.0 * known + 0.1)
     }
 
     /// Whether nothing would be lost by forgetting this destination.
@@ -229,6 +249,11 @@ impl Window {
         let long = if self.has_failed { BREAKER_LONGEST_PAUSE } else { STALLED_AFTER };
         self.in_flight == 0 && self.open_for(now).is_none() && unused > long
     }
+}
+
+/// Time from one end of an attempt to the next where so many run at once.
+fn spread(attempt_s: f64, size: usize) -> Duration {
+    Duration::from_secs_f64((attempt_s / size as f64).clamp(0.000_1, 60.0))
 }
 
 /// What an attempt says about its destination.

@@ -53,6 +53,8 @@ impl Gatekeeper for Gatekeeping<'_> {
             revision: job.group.clone(),
         };
         match worker.ledger.before_data(gate).await {
+            // The answer may have taken longer than a token keeps.
+            Ok(GateAnswer::Open) if allowance.is_some_and(Allowance::is_over) => Err(Shut::Halted),
             Ok(GateAnswer::Open) => Ok(()),
             Ok(GateAnswer::NotOwner) => Err(Shut::NotOwner),
             Ok(GateAnswer::Cancelled) => Err(Shut::Cancelled),

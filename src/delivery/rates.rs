@@ -25,6 +25,9 @@ use crate::telemetry;
 const KEEP_PAUSE: Duration = Duration::from_secs(5);
 /// Asks of one job that others' asks may overtake.
 const ASKS: usize = 3;
+/// Longest wait for one renewal, and for what is given back at the end: a lease outlasts it.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(4);
+const GIVE_BACK_LIMIT: Duration = Duration::from_secs(2);
 /// Renewals at once.
 const RENEWALS: usize = 4;
 /// Between two looks for accounts that nobody sends through any more.
@@ -216,7 +219,10 @@ impl Rates {
                 () = tokio::time::sleep(KEEP_PAUSE) => {}
             }
             let held: Vec<_> = self.accounts().values().cloned().collect();
-            stream::iter(held).for_each_concurrent(RENEWALS, |held| self.look_after(held)).await;
+            tokio::select! {
+                () = shutdown.stop_now() => break,
+                () = stream::iter(held).for_each_concurrent(RENEWALS, |held| self.look_after(held)) => {}
+            }
             if forgotten_at.elapsed() >= FORGET_PAUSE {
                 forgotten_at = Instant::now();
                 if let Err(error) = self.0.store.forget_rates().await {
@@ -233,7 +239,9 @@ impl Rates {
         let done = if unused {
             self.give_back(&held).await.map(|()| true)
         } else if held.account().is_to_be_renewed() {
-            self.lease(&held, true).await
+            // The others' renewals are behind this one.
+            let renewal = tokio::time::timeout(RENEWAL_LIMIT, self.lease(&held, true)).await;
+            renewal.unwrap_or(Ok(false))
         } else {
             Ok(true)
         };
@@ -262,17 +270,16 @@ impl Rates {
         }
     }
 
-    /// Gives everything back, when the last connection is closed.
+    /// Gives everything back, when the last connection is closed; not for long, for it ends by itself too.
     pub async fn give_all_back(&self) {
         let held: Vec<_> = self.accounts().drain().map(|(_, held)| held).collect();
-        stream::iter(held)
-            .for_each_concurrent(RENEWALS, |held| async move {
-                let _turn = held.asking.lock().await;
-                if let Err(error) = self.give_back(&held).await {
-                    tracing::debug!(%error, "what was held of a limited account ends by itself");
-                }
-            })
-            .await;
+        let giving = stream::iter(held).for_each_concurrent(RENEWALS, |held| async move {
+            let _turn = held.asking.lock().await;
+            if let Err(error) = self.give_back(&held).await {
+                tracing::debug!(%error, "what was held of a limited account ends by itself");
+            }
+        });
+        let _given = tokio::time::timeout(GIVE_BACK_LIMIT, giving).await;
     }
 
     async fn give_back(&self, held: &Held) -> Result<(), StoreError> {
@@ -370,6 +377,11 @@ impl Allowance {
         let may = Instant::now() <= *self.use_until() || self.exchange().await;
         self.passed.store(may, Ordering::Relaxed);
         may
+    }
+
+    /// Whether it can no longer be used.
+    pub fn is_over(&self) -> bool {
+        Instant::now() > *self.use_until()
     }
 
     async fn exchange(&self) -> bool {

@@ -161,11 +161,11 @@ impl Pool {
     /// Closes idle sessions that have one of these seats while there are more of them than there may be. Ends behind their
     /// goodbyes.
     pub async fn trim(&self, seats: &Arc<Seats>) {
-        while seats.is_crowded()
-            && let Some(idle) = self.0.take_seated(seats)
-        {
-            idle.quit().await;
+        let mut goodbyes = Vec::new();
+        for _ in 0..seats.excess() {
+            goodbyes.extend(self.0.take_seated(seats).map(Idle::quit));
         }
+        join_all(goodbyes).await;
     }
 
     /// A seat that is free, or that of an idle session, whichever destination it was for.

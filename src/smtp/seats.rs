@@ -47,6 +47,12 @@ impl Seats {
         count.taken > count.allowed
     }
 
+    /// So many more are taken than may be.
+    pub(super) fn excess(&self) -> usize {
+        let count = self.count();
+        count.taken.saturating_sub(count.allowed)
+    }
+
     pub(super) fn take(self: &Arc<Self>) -> Option<Seat> {
         let mut count = self.count();
         if count.taken >= count.allowed {

@@ -80,6 +80,8 @@ pub(super) struct Channel {
     body: Body,
     /// A small message that waits for its final dot.
     held: Vec<u8>,
+    /// Whether what is written of the message may be held: nothing of it has left.
+    holds: bool,
     /// Since when the reply is awaited, or the message makes no progress.
     since: Instant,
     /// What nothing that is shown of a reply may repeat.
@@ -99,6 +101,7 @@ impl Channel {
             broken: None,
             body: Body::Off,
             held: Vec::new(),
+            holds: false,
             since: Instant::now(),
             concealed,
         }
@@ -170,6 +173,7 @@ impl Channel {
         self.begin_reply();
         self.body = Body::Sending;
         self.held.clear();
+        self.holds = true;
         self.is_dying = !self.inbox.is_empty();
     }
 
@@ -321,11 +325,14 @@ impl Channel {
             return self.poll_break(cx);
         }
         match self.body {
-            Body::Sending if self.held.len() + bytes.len() <= HELD_MAX => {
+            Body::Sending if self.holds && self.held.len() + bytes.len() <= HELD_MAX => {
                 self.held.extend_from_slice(bytes);
                 return Poll::Ready(Ok(bytes.len()));
             }
-            Body::Sending => ready!(self.poll_held(cx))?,
+            Body::Sending => {
+                self.holds = false;
+                ready!(self.poll_held(cx))?;
+            }
             Body::Flushed => {
                 // A reply that is here before the dot would be taken for the reply to the dot.
                 if !self.is_quiet() {
@@ -334,8 +341,7 @@ impl Channel {
                 self.body = Body::Dotted;
                 self.since = Instant::now();
                 if !self.held.is_empty() {
-                    self.held.extend_from_slice(bytes);
-                    return self.poll_first_write(cx).map_ok(|()| bytes.len());
+                    return self.poll_held_with(cx, bytes);
                 }
             }
             Body::Off | Body::Dotted => {}
@@ -351,23 +357,21 @@ impl Channel {
         }
     }
 
-    /// Begins to write what is held, the dot at its end; what the system does not take at once is left to the flush.
-    fn poll_first_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let held = std::mem::take(&mut self.held);
+    /// Begins to write what is held with the dot behind it; what the system does not take of it at once is left to the flush.
+    fn poll_held_with(&mut self, cx: &mut Context<'_>, dot: &[u8]) -> Poll<io::Result<usize>> {
+        let mut held = std::mem::take(&mut self.held);
+        let message = held.len();
+        held.extend_from_slice(dot);
         let written = self.poll_io_write(cx, &held);
         self.held = held;
-        match written {
-            Poll::Ready(Ok(written)) => {
-                self.held.drain(..written);
-                Poll::Ready(Ok(()))
-            }
-            Poll::Pending => Poll::Ready(Ok(())),
-            Poll::Ready(Err(_)) => {
-                // Nothing of the message has left.
-                self.body = Body::Flushed;
-                self.poll_break(cx)
-            }
+        if let Poll::Ready(Ok(written)) = written {
+            self.held.drain(..written);
+            return Poll::Ready(Ok(dot.len()));
         }
+        // Nothing has left.
+        self.body = Body::Flushed;
+        self.held.truncate(message);
+        if written.is_pending() { Poll::Pending } else { self.poll_break(cx) }
     }
 
     /// Writes what is held.

@@ -135,7 +135,7 @@ impl Entry {
 
     /// How many jobs may wait however great they are.
     pub fn worth_its_bytes(&self, now: Instant) -> usize {
-        let pace = self.window.pace_or(UNKNOWN_PACE, now);
+        let pace = self.window.present_pace_or(UNKNOWN_PACE, now);
         ((GREAT_WAIT.as_secs_f64() / pace.as_secs_f64()) as usize).max(1)
     }
 

@@ -89,7 +89,7 @@ struct Lane {
 
 impl Lane {
     fn is_pressed(&self) -> bool {
-        self.prefetch.saturating_sub(self.held) < self.prefetch / 4
+        self.prefetch.saturating_sub(self.held) < (self.prefetch / 4).max(1)
     }
 }
 

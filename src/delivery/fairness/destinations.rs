@@ -7,9 +7,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::super::destination::Window;
-use super::Ticket;
 use super::lines::{LineId, LineKey, Lines};
 use super::returns::{Outlook, Returns};
+use super::{LaneId, Ticket};
+use crate::model::schedule::ASIDE_S;
 use crate::model::smtp_settings::Destination;
 
 /// Waiting jobs that any destination may have while its lane has room.
@@ -20,6 +21,10 @@ pub const LINE_WAIT: Duration = Duration::from_secs(6);
 /// The same where the lane has no room; and for so long a destination of which nothing is known has the benefit of the doubt:
 /// a thousand jobs for a quick server are gone before they could be put aside.
 pub const NEEDED_WAIT: Duration = Duration::from_secs(2);
+/// A destination that would take what a lane holds of it until the shortest delay is over may fill the lane for so long: aside its
+/// jobs would lie still for longer than they need, and others wait for it no longer than this. After that it is a flood.
+const BRISK_PATIENCE: Duration = Duration::from_secs(20);
+const SHORTEST_ASIDE: Duration = Duration::from_secs(ASIDE_S[0] as u64);
 /// Pace that is assumed of a destination of which nothing is known, to spread what is put aside.
 const UNKNOWN_PACE: Duration = Duration::from_millis(20);
 /// Destinations remembered before idle ones are forgotten.
@@ -46,6 +51,8 @@ pub struct Entry {
     returns: Returns,
     /// When its first waiter came after it had none.
     waited_since: Instant,
+    /// Since when more wait than it needs.
+    over_since: Option<Instant>,
 }
 
 /// All destinations.
@@ -112,6 +119,7 @@ impl Entry {
             excess: Vec::new(),
             returns: Returns::new(now),
             waited_since: now,
+            over_since: None,
         }
     }
 
@@ -124,6 +132,25 @@ impl Entry {
     /// for want of a job. One that has stalled needs nobody to wait.
     pub fn needed(&self, now: Instant) -> usize {
         if self.window.is_stalled(now) { 0 } else { self.worth(NEEDED_WAIT, now).max(self.window.size()) }
+    }
+
+    /// How many jobs of a lane wait beyond what it needs, or may fill it for a moment.
+    pub fn excess(&mut self, lane: LaneId, prefetch: usize, now: Instant) -> usize {
+        let excess = self.lines.waiting().saturating_sub(self.needed(now));
+        if excess == 0 {
+            self.over_since = None;
+            return 0;
+        }
+        self.over_since.get_or_insert(now);
+        if self.may_fill(prefetch, now) { 0 } else { excess.min(self.lines.waiting_in(lane)) }
+    }
+
+    /// Whether it takes so many jobs soon enough to fill a lane with them for a while.
+    pub fn may_fill(&self, prefetch: usize, now: Instant) -> bool {
+        let since = self.over_since.unwrap_or(now);
+        !self.window.is_stalled(now)
+            && now.saturating_duration_since(since) < BRISK_PATIENCE
+            && self.worth(SHORTEST_ASIDE, now) >= prefetch - prefetch / 4
     }
 
     /// Whether there are more jobs or bytes in line than may wait, or would be with these.

@@ -214,10 +214,10 @@ impl Fairness {
             }
         }
         let key = LineKey { organization: request.organization.cloned(), lane };
-        let is_pressed = self.lanes[lane].is_pressed();
+        let (is_pressed, prefetch) = (self.lanes[lane].is_pressed(), self.lanes[lane].prefetch);
         let entry = self.destinations.get(id);
         let own = entry.lines.length(&key);
-        let is_needed = entry.lines.waiting() < entry.needed(now);
+        let is_needed = entry.lines.waiting() < entry.needed(now) || entry.may_fill(prefetch, now);
         let is_full = entry.is_over(1, request.bytes, now) || (is_pressed && !is_needed);
         if is_full && !self.make_room(id, own, now) {
             return Entered::Aside(self.put_aside(ticket, id, now));
@@ -321,10 +321,9 @@ impl Fairness {
     /// Notes for each lane how many jobs the destination has in line beyond what it needs.
     fn refresh(&mut self, id: DestinationId, now: Instant) {
         let entry = self.destinations.get(id);
-        let excess = entry.lines.waiting().saturating_sub(entry.needed(now));
         entry.excess.resize(self.lanes.len(), 0);
         for (lane, known) in self.lanes.iter_mut().zip(0..) {
-            let current = excess.min(entry.lines.waiting_in(known));
+            let current = entry.excess(known, lane.prefetch, now);
             let noted = std::mem::replace(&mut entry.excess[known], current);
             if noted != current {
                 lane.slow.remove(&(noted, id));
@@ -433,6 +432,8 @@ impl Fairness {
     }
 }
 
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

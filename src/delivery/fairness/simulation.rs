@@ -215,6 +215,38 @@ fn a_hundred_thousand_jobs_of_one_slow_server_let_others_past_and_cost_little() 
     }
 }
 
+/// Two round trips to a server 20 ms away, for the flood's.
+fn far_flood(job: Job, _: Duration) -> (Duration, Outcome) {
+    (if job == FLOOD { ms(45) } else { ms(5) }, Outcome::Worked)
+}
+
+#[test]
+fn a_server_that_keeps_its_lane_moving_works_off_its_backlog_without_a_pause() {
+    let mut world = World::new(512, far_flood);
+    world.queue.extend(std::iter::repeat_n(FLOOD, 3000));
+    world.run_until(Duration::from_secs(3600), |world| world.sent(FLOOD) == 3000);
+    let alone = ms(45) * 3000 / 8;
+    assert!(world.now <= alone * 105 / 100, "{:?} instead of {alone:?}", world.now);
+    assert_eq!(world.asides, 0);
+}
+
+#[test]
+fn the_flood_of_a_server_that_keeps_its_lane_moving_holds_others_up_for_a_while_only() {
+    let mut world = World::new(512, far_flood);
+    world.queue.extend(std::iter::repeat_n(FLOOD, 100_000));
+    let all_aside = world.put_aside * 100_000;
+    let behind = world.send(OTHER);
+    assert!(behind <= all_aside + Duration::from_secs(21), "{behind:?}");
+    let (sent, from) = (world.sent(FLOOD), world.now);
+    while world.now < from + Duration::from_secs(120) {
+        world.run(1);
+        let other = world.send(OTHER);
+        assert!(other <= Duration::from_secs(21), "{other:?} at {:?}", world.now);
+    }
+    let (sent, seconds) = (world.sent(FLOOD) - sent, (world.now - from).as_secs() as usize);
+    assert!(sent >= seconds * 177 * 95 / 100, "its server is kept busy: {sent} in {seconds} s");
+}
+
 /// Works at first, then accepts connections and never speaks.
 fn falls_silent(job: Job, at: Duration) -> (Duration, Outcome) {
     if job == FLOOD && at >= Duration::from_secs(1) {

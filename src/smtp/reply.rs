@@ -145,6 +145,12 @@ fn reply_line(line: &[u8]) -> Option<(u16, bool, &[u8])> {
     }
 }
 
+/// The reply in the form that the client library reads: it knows no second digit above 5.
+pub(super) fn plain_form(code: u16) -> Vec<u8> {
+    let (class, category, detail) = (code / 100, code / 10 % 10, code % 10);
+    format!("{class}{}{detail} reply\r\n", category.min(5)).into_bytes()
+}
+
 /// A violation of SMTP, told in our own words.
 pub(super) fn protocol(detail: &str) -> Fault {
     Fault::Protocol { detail: detail.to_owned() }
@@ -188,6 +194,15 @@ mod tests {
             }
         }
         (replies, None)
+    }
+
+    #[test]
+    fn the_client_library_reads_every_code_as_its_own_class() {
+        for code in 200..600 {
+            let text = String::from_utf8(plain_form(code)).unwrap();
+            let response: lettre::transport::smtp::response::Response = text.parse().unwrap();
+            assert_eq!(u16::from(response.code()) / 100, code / 100);
+        }
     }
 
     #[test]

@@ -421,11 +421,6 @@ impl WorkerProcess {
         eventually(&format!("the log says {text:?}"), async || self.log().contains(text)).await;
     }
 
-    /// The process's id.
-    pub fn pid(&self) -> u32 {
-        self.child.id().expect("the worker runs")
-    }
-
     /// Sends a signal: `TERM`, `INT`, `STOP`, `CONT`.
     pub async fn signal(&self, name: &str) {
         let pid = self.child.id().expect("the worker runs").to_string();

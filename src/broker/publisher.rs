@@ -114,16 +114,6 @@ pub enum PublishError {
 }
 
 impl PublishError {
-    /// The same where it cannot be known.
-    fn made_uncertain(self) -> Self {
-        match self {
-            Self::Unroutable { target, detail } | Self::Refused { target, detail } => {
-                Self::Lost { target, detail }
-            }
-            other => other,
-        }
-    }
-
     /// Whether the message is surely on no queue.
     pub fn is_certain(&self) -> bool {
         !matches!(self, Self::Lost { .. })
@@ -247,9 +237,9 @@ impl Publisher {
         let pipeline = self.pipeline(deadline).await?;
         let confirmed = pipeline.live.confirmed(deadline, &message, pipeline.send(&message)).await;
         if let Err(error) = confirmed {
+            // What was on it may have been taken all the same: it is announced again.
             self.shared.replace(&pipeline);
-            // A channel that fails does so for all that is on it, whatever became of each.
-            return Err(error.made_uncertain());
+            return Err(error);
         }
         Ok(())
     }

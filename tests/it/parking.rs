@@ -247,8 +247,10 @@ async fn a_message_that_alone_is_refused_parks_its_organization_once_and_then_di
     let id = world.publish(&refused).await;
     let tried = async |attempts: u32| {
         eventually(&format!("attempt {attempts} has failed"), async || {
-            let row = world.status(Some("acme"), id).await.expect("a row");
-            row.attempts == attempts && matches!(row.state, State::Deferred | State::Dead)
+            let row = world.status(Some("acme"), id).await;
+            row.is_some_and(|row| {
+                row.attempts == attempts && matches!(row.state, State::Deferred | State::Dead)
+            })
         })
         .await;
     };
